@@ -1,0 +1,108 @@
+"""Loads the reference data in tests/reference_data: numbers made by the official TensorFlow code.
+
+Arrays are cached; do not write into them.
+"""
+
+import functools
+import importlib.util
+import json
+import pathlib
+from types import ModuleType
+
+import numpy as np
+
+from effv2_jax.convert import names_tf
+from effv2_jax.models.block_spec import BlockSpec, expand_blocks, parse_blocks
+from effv2_jax.models.variants import get_variant
+
+DATA = pathlib.Path(__file__).parent / "reference_data"
+
+
+@functools.cache
+def _weights_module() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("reference_weights", DATA / "weights.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def image(h: int, w: int, n: int = 2, seed: int = 0, channels: int = 3) -> np.ndarray:
+    """The reference images: float32 [n, h, w, channels] in [-1, 1]."""
+    return _weights_module().image(h, w, n, seed, channels=channels)
+
+
+def make_all(specs) -> dict[str, np.ndarray]:
+    """The reference weights of (official name, shape, ...) entries: {official name: float32}."""
+    return _weights_module().make_all(specs)
+
+
+@functools.cache
+def load_json(name: str):
+    """A JSON file by its path below reference_data, e.g. "models.json"."""
+    return json.loads((DATA / name).read_text())
+
+
+@functools.cache
+def load_npz(name: str) -> dict[str, np.ndarray]:
+    """An npz file by its path below reference_data, e.g. "blocks.npz", as a dict."""
+    with np.load(DATA / name) as archive:
+        return {key: archive[key] for key in archive.files}
+
+
+def model_facts(name: str) -> dict:
+    """The entry of models.json: parameters, sizes, blocks, endpoints, variables."""
+    return load_json("models.json")[name]
+
+
+def model_logits(name: str) -> dict[str, np.ndarray]:
+    """models/<name>.npz: logits and endpoints of `square`, `rect` and, for some, `full`."""
+    return load_npz(f"models/{name}.npz")
+
+
+def model_input(name: str, case: str) -> np.ndarray:
+    """The images behind `model_logits`; case is "square", "rect" or "full"."""
+    if case == "square":
+        return image(128, 128, 2, 0)
+    if case == "rect":
+        return image(94, 133, 2, 1)
+    size = model_facts(name)["eval_size"]
+    return image(size, size, 1, 2)
+
+
+def model_variables(name: str) -> dict:
+    """The reference weights of an official network as our variable tree (NumPy)."""
+    variant = get_variant(name)
+    blocks = expand_blocks(variant.blocks, width=variant.width, depth=variant.depth)
+    values = make_all(model_facts(name)["variables"])
+    return names_tf.variables_from_official(values, names_tf.tensor_names(blocks))
+
+
+def train_variables(case: str) -> dict:
+    """The initial weights of a case of train/train.json, e.g. "a_rmsprop", as our tree."""
+    facts = load_json("train/train.json")
+    blocks = expand_blocks(parse_blocks(facts["blocks"]), width=1.0, depth=1.0)
+    values = make_all(facts["cases"][case]["variables"])
+    return names_tf.variables_from_official(values, names_tf.tensor_names(blocks))
+
+
+def block_spec(case: dict) -> BlockSpec:
+    """The `BlockSpec` of an entry of blocks.json of kind "mbconv" or "fused"."""
+    return BlockSpec(
+        fused=case["kind"] == "fused",
+        kernel=case["kernel"],
+        stride=case["stride"],
+        expand=case["expand"],
+        in_channels=case["cin"],
+        channels=case["cout"],
+        repeats=1,
+        se=case["se_ratio"] or 0.0,
+    )
+
+
+def case_names(case: dict) -> tuple[names_tf.TensorName, ...]:
+    """The names of the variables of an entry of blocks.json; blocks are called blocks_3."""
+    if case["kind"] == "stem":
+        return names_tf.stem_names()
+    if case["kind"] == "head":
+        return names_tf.head_names()
+    return names_tf.block_names("blocks_3", block_spec(case))
