@@ -1,135 +1,328 @@
-"""The config schema: every option, its default, its unit or bound.
+"""The config: the schema's defaults, the checks that need no data, and the JSON form.
 
-A recipe in `configs/` calls `base_config()` and sets what differs. Defaults are those of the
-official code (hparams.py, datasets.py of google/automl efficientnetv2) where it has the option.
-`None` means "derived": from the model, the data set or the machine, as the comment says.
+`base_config()` (config_schema.py) has every option with its default, unit and bound; a recipe in
+`configs/` sets what differs; `validate` refuses what cannot work before any work starts.
 """
 
-from ml_collections import ConfigDict, config_dict
+import difflib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from effv2_jax.config_schema import base_config
+from effv2_jax.errors import UserError
+
+__all__ = ["base_config", "from_json", "keys", "nearest", "to_json", "validate"]
+
+# Keys that take one of a few words.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "model.activation": ("silu", "relu", "relu6", "hswish", "gelu", "mish"),
+    "model.dtype": ("auto", "float32", "bfloat16"),
+    "model.lowering": ("auto", "plain", "cpu"),
+    "data.source": ("tfds", "folder", "arrays", "digits", "synthetic"),
+    "data.preprocessing": ("v2", "v1", "finetune", "advprop"),
+    "data.crop": ("inception", "none"),
+    "data.augment": ("none", "randaugment", "autoaugment", "ra_aa"),
+    "data.on_corrupt": ("error", "skip"),
+    "data.decoder": ("pillow", "simplejpeg"),
+    "data.cache": ("none", "decoded"),
+    "train.optimizer": ("rmsprop", "momentum", "sgd", "adam", "adamw"),
+    "train.schedule": ("exponential", "cosine", "linear", "constant"),
+    "train.loss": ("softmax", "sigmoid", "summed_sigmoid"),
+    "train.on_nonfinite": ("stop", "skip"),
+    "progressive.preset": ("official", "paper", "none"),
+}
+
+_Rule = tuple[Callable[[Any], bool], str]
 
 
-def _int() -> object:
-    return config_dict.placeholder(int)
+def _at_least(low: float) -> _Rule:
+    return lambda value: value >= low, f"at least {low:g}"
 
 
-def _float() -> object:
-    return config_dict.placeholder(float)
+def _above(low: float) -> _Rule:
+    return lambda value: value > low, f"above {low:g}"
 
 
-def base_config() -> ConfigDict:
-    """Returns the complete config with every default filled in."""
-    config = ConfigDict()
+def _share(*, zero: bool = True, one: bool = True) -> _Rule:
+    bounds = f"{'from' if zero else 'above'} 0 {'to' if one else 'to below'} 1"
+    return lambda value: (0 < value < 1) or (zero and value == 0) or (one and value == 1), bounds
 
-    config.model = ConfigDict({
-        "name": "efficientnetv2-s",      # see effv2_jax.list_models()
-        "num_classes": _int(),           # None: as many as the data set has
-        "width": _float(),               # multiplier of channels; None: the variant's
-        "depth": _float(),               # multiplier of repeats; None: the variant's
-        "blocks": (),                    # block strings "r2_k3_s1_e1_i24_o24_c1"; (): the variant's
-        "activation": "silu",            # silu, relu, relu6, hswish, gelu, mish, ...
-        "survival_prob": _float(),       # of the last block; None: the variant's; 1: no drop path
-        "dtype": "auto",                 # compute type: auto (bfloat16 on GPU/TPU), float32, bfloat16
-        "remat": False,                  # recompute each block in the backward pass: less memory
-        "bn_momentum": 0.9,
-        "bn_epsilon": 1e-3,
-        "bn_group_size": 0,              # examples per BatchNorm group; 0: the whole global batch
-        "head_bias": 0.0,                # initial bias of the classifier
-        "lowering": "auto",              # auto (by backend), plain, cpu
-    })
 
-    config.data = ConfigDict({
-        "source": "folder",              # tfds, folder, arrays, digits, synthetic
-        "name": "",                      # tfds: data set name, e.g. "imagenette/320px-v2"
-        "dir": "",                       # tfds: data_dir; folder and arrays: where the files are
-        "train_split": "train",          # tfds: split expression; folder: sub-folder
-        "eval_split": "validation",      # tfds: split expression; folder: sub-folder
-        "eval_fraction": 0.0,            # folder without splits: share of each class held out
-        "train_list": "",                # folder: text file of relative paths, one a line
-        "eval_list": "",                 # the same for evaluation
-        "multilabel": False,             # labels are multi-hot vectors
-        "num_examples": 1024,            # synthetic: training examples
-        "preprocessing": "v2",           # v2, v1, finetune, advprop: evaluation crop and normalisation
-        "crop": "inception",             # training crop: inception, none
-        "crop_area": (0.05, 1.0),        # share of the image's area
-        "crop_aspect": (0.75, 1.33),     # width / height
-        "crop_attempts": 100,
-        "flip": True,                    # horizontal, probability 1/2
-        "augment": "randaugment",        # none, randaugment, autoaugment, ra_aa
-        "augment_layers": 2,             # RandAugment operations per image
-        "cutout": False,                 # the 'ft' cutout: noise square of a quarter of the size
-        "random_erasing": 0.0,           # probability per image
-        "on_corrupt": "error",           # error (names the file) or skip (counted and reported)
-        "decoder": "pillow",             # pillow, simplejpeg (extra fast-decode)
-        "cache": "none",                 # none, decoded: keep decoded images in host memory
-        "workers": _int(),               # loader processes; None: by the number of cores
-        "threads": 2,                    # decoding threads per process
-        "prefetch": 2,                   # batches ready on the device
-    })
+def _each(rule: _Rule) -> _Rule:
+    return lambda values: all(rule[0](value) for value in values), f"every entry {rule[1]}"
 
-    config.train = ConfigDict({
-        "seed": 0,
-        "batch_size": 4096,              # global; divisible by the number of devices
-        "epochs": 350.0,
-        "min_steps": 0,                  # train at least this long
-        "optimizer": "rmsprop",          # rmsprop, momentum, sgd, adam, adamw
-        "schedule": "exponential",       # exponential, cosine, linear, constant
-        "learning_rate": 0.016,          # per 256 examples; scaled by batch_size / 256
-        "min_learning_rate": 0.0,        # per 256 examples
-        "warmup_epochs": 5.0,
-        "decay_epochs": 2.4,             # exponential: epochs per stair
-        "decay_factor": 0.97,            # exponential: factor per stair
-        "weight_decay": 1e-5,            # L2 in the loss: weight_decay * sum(w^2) / 2
-        "weight_decay_inc": 0.0,         # weight_decay grows to (1 + inc) times over the run
-        "weight_decay_exclude": ".*/(bias|scale)",   # full match on parameter paths
-        "decoupled_weight_decay": 0.0,   # adamw: p -= lr * decay * p
-        "ema_decay": 0.9999,             # 0: no moving average
-        "label_smoothing": 0.1,
-        "gradient_clip": 0.0,            # norm; 0: off
-        "loss": "softmax",               # softmax, sigmoid, summed_sigmoid
-        "on_nonfinite": "stop",          # stop the run, or skip the step and count it
-    })
 
-    config.progressive = ConfigDict({
-        "preset": "official",            # official, paper, none (one stage); lists below win
-        "stages": _int(),                # None: the preset's
-        "image_size": _float(),          # last stage, px; <= 16: factor of the eval size; None: the variant's
-        "min_image_size": 128,           # official: where the interpolation starts (ibase)
-        "magnitude": _float(),           # RandAugment magnitude of the last stage; None: the preset's
-        "mixup_alpha": _float(),         # of the last stage; None: the preset's
-        "cutmix_alpha": _float(),        # of the last stage; None: the preset's
-        "dropout_rate": _float(),        # of the last stage; None: the preset's
-        "image_sizes": (),               # explicit, one entry a stage
-        "epochs": (),                    # explicit epochs per stage
-        "magnitudes": (),
-        "mixup_alphas": (),
-        "cutmix_alphas": (),
-        "dropout_rates": (),
-        "batch_sizes": (),
-    })
+def _pair(*, high: float) -> _Rule:
+    def holds(pair: tuple) -> bool:
+        return len(pair) == 2 and 0 < pair[0] <= pair[1] <= high
 
-    config.eval = ConfigDict({
-        "batch_size": _int(),            # global; None: train.batch_size
-        "image_size": _float(),          # px; <= 16: factor of the model's; None: the model's eval size
-        "every_epochs": 1.0,
-        "raw": True,                     # evaluate the raw weights
-        "ema": True,                     # evaluate the moving average
-    })
+    bound = f" <= {high:g}" if high < float("inf") else ""
+    return holds, f"two numbers (low, high), 0 < low <= high{bound}"
 
-    config.init = ConfigDict({
-        "weights": "",                   # .safetensors file to start from
-        "freeze": "",                    # parameters whose path matches (re.match) stay as they are
-    })
 
-    config.runtime = ConfigDict({
-        "devices": 0,                    # devices of the data mesh; 0: all
-        "compilation_cache": "auto",     # auto (user cache folder), none, or a folder
-        "background_compile": True,      # compile the next stage while this one trains
-        "checkpoint_every_minutes": 10.0,
-        "checkpoint_every_steps": 0,     # 0: by minutes and at every evaluation only
-        "keep_last": 2,
-        "keep_best": 1,
-        "log_every_steps": 50,
-        "tensorboard": True,
-        "profile": "",                   # folder: trace some steps of each stage into it
-    })
+# Keys with a range. A value None ("derived") is always allowed where the schema has it.
+_RANGES: dict[str, _Rule] = {
+    "model.num_classes": _at_least(1),
+    "model.width": _above(0),
+    "model.depth": _above(0),
+    "model.survival_prob": _share(zero=False),
+    "model.bn_momentum": _share(one=False),
+    "model.bn_epsilon": _above(0),
+    "model.bn_group_size": _at_least(0),
+    "data.eval_fraction": _share(one=False),
+    "data.num_examples": _at_least(1),
+    "data.crop_area": _pair(high=1),
+    "data.crop_aspect": _pair(high=float("inf")),
+    "data.crop_attempts": _at_least(1),
+    "data.augment_layers": _at_least(1),
+    "data.random_erasing": _share(),
+    "data.workers": _at_least(0),
+    "data.threads": _at_least(1),
+    "data.prefetch": _at_least(1),
+    "train.seed": (lambda value: 0 <= value < 2**32, "from 0 to 2**32 - 1"),
+    "train.batch_size": _at_least(1),
+    "train.epochs": _at_least(0),
+    "train.min_steps": _at_least(0),
+    "train.learning_rate": _above(0),
+    "train.min_learning_rate": _at_least(0),
+    "train.warmup_epochs": _at_least(0),
+    "train.decay_epochs": _above(0),
+    "train.decay_factor": _share(zero=False),
+    "train.weight_decay": _at_least(0),
+    "train.weight_decay_inc": _at_least(0),
+    "train.decoupled_weight_decay": _at_least(0),
+    "train.ema_decay": _share(one=False),
+    "train.label_smoothing": _share(one=False),
+    "train.gradient_clip": _at_least(0),
+    "progressive.stages": _at_least(1),
+    "progressive.image_size": _above(0),
+    "progressive.min_image_size": _at_least(1),
+    "progressive.magnitude": _at_least(0),
+    "progressive.mixup_alpha": _at_least(0),
+    "progressive.cutmix_alpha": _at_least(0),
+    "progressive.dropout_rate": _share(one=False),
+    "progressive.image_sizes": _each(_at_least(1)),
+    "progressive.epochs": _each(_above(0)),
+    "progressive.magnitudes": _each(_at_least(0)),
+    "progressive.mixup_alphas": _each(_at_least(0)),
+    "progressive.cutmix_alphas": _each(_at_least(0)),
+    "progressive.dropout_rates": _each(_share(one=False)),
+    "progressive.batch_sizes": _each(_at_least(1)),
+    "eval.batch_size": _at_least(1),
+    "eval.image_size": _above(0),
+    "eval.every_epochs": _above(0),
+    "runtime.devices": _at_least(0),
+    "runtime.checkpoint_every_minutes": _at_least(0),
+    "runtime.checkpoint_every_steps": _at_least(0),
+    "runtime.keep_last": _at_least(1),
+    "runtime.keep_best": _at_least(0),
+    "runtime.log_every_steps": _at_least(1),
+}
+
+# Lists with one entry a stage, and the type of an entry.
+STAGE_LISTS: dict[str, type] = {
+    "image_sizes": int,
+    "epochs": float,
+    "magnitudes": float,
+    "mixup_alphas": float,
+    "cutmix_alphas": float,
+    "dropout_rates": float,
+    "batch_sizes": int,
+}
+
+_PATTERNS = ("train.weight_decay_exclude", "init.freeze")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Returns " (nearest: X)" for the known word most like `word`, or "" when none is alike."""
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" (nearest: {matches[0]})" if matches else ""
+
+
+def keys(config: ConfigDict) -> dict[str, Any]:
+    """Returns {"section.key": value} of a two-level config, in its order."""
+    return {
+        f"{section}.{key}": value
+        for section, content in config.items()
+        if isinstance(content, ConfigDict)
+        for key, value in content.items()
+    }
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks everything about a config that needs no data and no device.
+
+    Raises:
+      UserError: names every problem at once: the key, the value found, the values allowed.
+    """
+    problems = list(_structure(config))
+    if not problems:  # the checks of values rely on keys and types
+        values = keys(config)
+        problems += _single_values(values)
+        problems += _stage_lists(values)
+        problems += _conflicts(values)
+    if len(problems) == 1:
+        raise UserError(f"config: {problems[0]}")
+    if problems:
+        raise UserError(f"the config has {len(problems)} problems:\n  " + "\n  ".join(problems))
+
+
+def _structure(config: ConfigDict) -> Iterator[str]:
+    """Unknown and missing keys, and values of a wrong type, against the schema."""
+    schema = base_config()
+    known, found = keys(schema), keys(config)
+    for section in config:
+        if section not in schema:
+            yield f"unknown section {section!r}{nearest(section, schema)}"
+    for key in found:
+        if key not in known and key.split(".")[0] in schema:
+            yield f"unknown key {key!r}{nearest(key, known)}"
+    for key, default in known.items():
+        section, name = key.split(".")
+        if key not in found:
+            yield f"{key} is missing: start from effv2_jax.config.base_config()"
+            continue
+        value, kind = found[key], schema[section].get_type(name)
+        allowed = (int, float) if kind is float else (tuple, list) if kind is tuple else (kind,)
+        if value is None and default is None:
+            continue
+        if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
+            yield f"{key} = {value!r}: expected {_KIND_NAMES[kind]}" + (
+                " or None" if default is None else ""
+            )
+
+
+_KIND_NAMES = {
+    int: "a whole number", float: "a number", bool: "True or False",
+    str: "a text", tuple: "a list such as (1, 2)",
+}  # fmt: skip
+
+
+def _single_values(values: dict[str, Any]) -> Iterator[str]:
+    from effv2_jax.models import variants  # a table; imports no JAX
+
+    names = variants.list_models()
+    if values["model.name"] not in (*names, "testing"):
+        yield (
+            f"model.name = {values['model.name']!r}: no such model"
+            f"{nearest(values['model.name'], names)}; known: {', '.join(names)}, testing"
+        )
+    for key, allowed in CHOICES.items():
+        if values[key] not in allowed:
+            hint = nearest(values[key], allowed)
+            yield f"{key} = {values[key]!r}: expected one of {', '.join(allowed)}{hint}"
+    for key, (holds, expected) in _RANGES.items():
+        name = key.split(".")[1]
+        if key.startswith("progressive.") and name in STAGE_LISTS:
+            continue
+        if values[key] is not None and not _holds(holds, values[key]):
+            yield f"{key} = {values[key]!r}: expected {expected}"
+    for key in _PATTERNS:
+        try:
+            re.compile(values[key])
+        except re.error as error:
+            yield f"{key} = {values[key]!r}: not a regular expression: {error}"
+    weights = values["init.weights"]
+    if weights and not Path(weights).is_file():
+        yield f"init.weights = {weights!r}: no such file"
+
+
+def _holds(rule: Callable[[Any], bool], value: Any) -> bool:
+    try:
+        return rule(value)
+    except TypeError:  # a list with a text among its numbers
+        return False
+
+
+def _stage_lists(values: dict[str, Any]) -> Iterator[str]:
+    """Explicit lists agree in length with each other and with the number of stages."""
+    given = {name: values[f"progressive.{name}"] for name in STAGE_LISTS}
+    given = {name: entries for name, entries in given.items() if entries}
+    for name, entries in given.items():
+        key, kind = f"progressive.{name}", STAGE_LISTS[name]
+        allowed = (int,) if kind is int else (int, float)
+        if any(isinstance(e, bool) or not isinstance(e, allowed) for e in entries):
+            yield f"{key} = {entries!r}: expected {_KIND_NAMES[kind]} in every entry"
+            continue
+        holds, expected = _RANGES[key]
+        if not holds(entries):
+            yield f"{key} = {entries!r}: expected {expected}"
+    lengths = {f"progressive.{name}": len(entries) for name, entries in given.items()}
+    if values["progressive.stages"] is not None:
+        lengths["progressive.stages"] = values["progressive.stages"]
+    if len(set(lengths.values())) > 1:
+        found = ", ".join(f"{key}: {length}" for key, length in lengths.items())
+        yield f"stage lists disagree on the number of stages ({found}): one entry a stage each"
+
+
+def _conflicts(values: dict[str, Any]) -> Iterator[str]:
+    """Values that are possible alone and impossible together."""
+    source = values["data.source"]
+    if source == "tfds" and not values["data.name"]:
+        yield "data.name = '': the tfds source needs a data set, e.g. imagenette/320px-v2"
+    if source in ("folder", "arrays") and not values["data.dir"]:
+        yield f"data.dir = '': the {source} source needs the folder of the images: data.dir=/path"
+    if values["data.eval_fraction"] and values["data.eval_list"]:
+        yield "data.eval_fraction and data.eval_list both choose the evaluation images: set one"
+
+    if values["train.epochs"] == 0 and values["train.min_steps"] == 0:
+        yield "train.epochs = 0 and train.min_steps = 0: nothing to train; set one"
+    if values["train.min_learning_rate"] > values["train.learning_rate"]:
+        yield (
+            f"train.min_learning_rate = {values['train.min_learning_rate']:g} is above "
+            f"train.learning_rate = {values['train.learning_rate']:g}"
+        )
+    if values["train.decoupled_weight_decay"] and values["train.optimizer"] != "adamw":
+        yield (
+            f"train.decoupled_weight_decay = {values['train.decoupled_weight_decay']:g} has no "
+            f"effect with train.optimizer = {values['train.optimizer']!r}: use adamw"
+        )
+    if not values["eval.raw"] and not (values["eval.ema"] and values["train.ema_decay"]):
+        yield "eval.raw = False without a moving average to evaluate: no weights to evaluate"
+
+    if values["progressive.magnitudes"] and values["data.augment"] in ("none", "autoaugment"):
+        yield (
+            f"progressive.magnitudes has no effect with data.augment = {values['data.augment']!r}: "
+            "use randaugment or ra_aa"
+        )
+    batches = [("train.batch_size", values["train.batch_size"])]
+    batches += [("progressive.batch_sizes", size) for size in values["progressive.batch_sizes"]]
+    for unit in ("runtime.devices", "model.bn_group_size"):
+        for key, size in batches:
+            if values[unit] > 0 and isinstance(size, int) and size % values[unit]:
+                yield f"{key} = {size}: not divisible by {unit} = {values[unit]}"
+
+
+def to_json(config: ConfigDict) -> str:
+    """Returns the config as JSON text, as kept in `config.json` of a run."""
+    return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def from_json(text: str, *, source: str = "config.json") -> ConfigDict:
+    """Returns the config that `to_json` wrote. Keys added to the schema since get their default.
+
+    Args:
+      text: JSON.
+      source: the file's name, for messages.
+
+    Raises:
+      UserError: not JSON, or a key the schema does not have.
+    """
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{source} is not JSON: {error}") from error
+    config = base_config()
+    known = keys(config)
+    for section, entries in content.items():
+        for name, value in entries.items():
+            key = f"{section}.{name}"
+            if key not in known:
+                raise UserError(f"{source}: unknown key {key!r}{nearest(key, known)}")
+            config[section][name] = tuple(value) if isinstance(value, list) else value
     return config
