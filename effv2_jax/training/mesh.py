@@ -1,0 +1,107 @@
+"""The data mesh: which devices train, and how arrays lie on them.
+
+One mesh axis, `data`: the examples of a global batch are split over it, everything else (state,
+knobs) is held by every device. `jax.jit` over a `Mesh` with named shardings, not `pmap`, which is
+deprecated and hides the layout.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from effv2_jax.errors import UserError
+
+AXIS = "data"
+
+
+def make_mesh(count: int = 0) -> Mesh:
+    """Returns the mesh of `count` devices, 0 meaning all, over all processes.
+
+    Every process contributes equally many of its own devices, in the order JAX gives them.
+
+    Raises:
+      UserError: more devices asked for than there are, or a number the processes cannot share.
+    """
+    present, processes = jax.device_count(), jax.process_count()
+    if count > present:
+        raise UserError(
+            f"runtime.devices = {count}: this machine shows {present} {jax.default_backend()} "
+            "device(s): set at most that, or 0 for all"
+        )
+    if count % processes:
+        raise UserError(
+            f"runtime.devices = {count}: {processes} processes cannot share them evenly: set a "
+            f"multiple of {processes}, or 0 for all"
+        )
+    each = (count or present) // processes
+    chosen = []
+    for process in range(processes):
+        own = [device for device in jax.devices() if device.process_index == process]
+        chosen += own[:each]
+    axis_types = (jax.sharding.AxisType.Auto,)
+    return jax.make_mesh((len(chosen),), (AXIS,), devices=chosen, axis_types=axis_types)
+
+
+def check_batch(key: str, batch_size: int, mesh: Mesh) -> None:
+    """Refuses a global batch that the devices cannot share.
+
+    Args:
+      key: the config key that set it, for the message.
+      batch_size: global number of examples per step.
+      mesh: see `make_mesh`.
+
+    Raises:
+      UserError: with the nearest batch sizes that work.
+    """
+    rest = batch_size % mesh.size
+    if rest:
+        below, above = batch_size - rest, batch_size - rest + mesh.size
+        nearest = f"{below} or {above}" if below else f"{above}"
+        raise UserError(
+            f"{key} = {batch_size}: not divisible by the {mesh.size} devices of the mesh: set "
+            f"{nearest}, or fewer devices (runtime.devices)"
+        )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Sharding of what every device holds whole: state, knobs, metrics."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of arrays whose leading axis is the example: each device holds its own rows."""
+    return NamedSharding(mesh, PartitionSpec(AXIS))
+
+
+def local_batch_size(batch_size: int) -> int:
+    """Returns how many examples of a global batch this process reads."""
+    return batch_size // jax.process_count()
+
+
+def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Places this process's rows of a global batch on its devices.
+
+    Args:
+      batch: name -> array [local examples, ...].
+      mesh: see `make_mesh`.
+
+    Returns:
+      name -> array [global examples, ...], split over the mesh.
+    """
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, value)
+        for name, value in batch.items()
+    }
+
+
+def put_replicated(tree: object, mesh: Mesh) -> object:
+    """Places a pytree of host values, equal in every process, whole on every device."""
+    sharding = replicated(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+    return jax.tree.map(
+        lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), tree
+    )
