@@ -31,26 +31,10 @@ FIRST_MIXUP_ALPHA = 0.0
 FIRST_CUTMIX_ALPHA = 0.0
 FIRST_PAPER_DROPOUT_RATE = 0.1
 
+PAPER_STAGES = 4  # section 4.1: "about 87 epochs per stage" of 350
+
 # A configured size up to this one is a factor of the evaluation size (official: main.py).
 LARGEST_SIZE_FACTOR = 16
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PaperRow:
-    """Last-stage values of one model in Table 6 of the paper."""
-
-    image_size: int
-    magnitude: float
-    mixup_alpha: float
-    dropout_rate: float
-    cutmix_alpha: float = 0.0  # the paper does not use CutMix
-
-
-PAPER_TABLE_6 = {
-    "efficientnetv2-s": PaperRow(image_size=300, magnitude=15.0, mixup_alpha=0.0, dropout_rate=0.3),
-    "efficientnetv2-m": PaperRow(image_size=380, magnitude=20.0, mixup_alpha=0.2, dropout_rate=0.4),
-    "efficientnetv2-l": PaperRow(image_size=380, magnitude=25.0, mixup_alpha=0.5, dropout_rate=0.5),
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -224,24 +208,17 @@ def make_stages(config: Any, *, variant: Any, num_examples: int) -> tuple[Stage,
       num_examples: training examples per epoch.
 
     Returns:
-      The stages, see `plan_stages`. With preset 'paper', models outside Table 6 use the variant's
-      official values for the last stage.
+      The stages, see `plan_stages`. With preset 'paper', models outside the paper's Table 6 take
+      the values of the last stage from the released code.
 
     Raises:
       UserError: see `plan_stages`.
     """
     progressive = config.progressive
     eval_size = resolve_image_size(config.eval.image_size, variant.eval_size, key="eval.image_size")
-    last = PAPER_TABLE_6.get(variant.name) if progressive.preset == "paper" else None
-    last = last or PaperRow(
-        image_size=variant.train_size,
-        magnitude=variant.magnitude,
-        mixup_alpha=variant.mixup_alpha,
-        cutmix_alpha=variant.cutmix_alpha,
-        dropout_rate=variant.dropout_rate,
-    )
+    last = _last_values(progressive.preset, variant)
     if progressive.image_size is None:
-        image_size = last.image_size
+        image_size = last["image_size"]
     else:
         image_size = resolve_image_size(
             progressive.image_size, eval_size, key="progressive.image_size"
@@ -249,7 +226,7 @@ def make_stages(config: Any, *, variant: Any, num_examples: int) -> tuple[Stage,
 
     def given(name: str) -> float:
         value = progressive[name]
-        return getattr(last, name) if value is None else value
+        return last[name] if value is None else value
 
     return plan_stages(
         num_examples=num_examples,
@@ -297,7 +274,7 @@ def resolve_image_size(size: float | None, reference: int, *, key: str = "image_
     resolved = int(reference * size) // 16 * 16
     if resolved < 1:
         raise UserError(
-            f"{key}: {size:g} is a factor of {reference} px (sizes up to {LARGEST_SIZE_FACTOR} are) "
+            f"{key}: {size:g} is a factor of {reference} px (all up to {LARGEST_SIZE_FACTOR} are) "
             f"and gives {resolved} px: use a larger factor, or progressive.image_sizes in px"
         )
     return resolved
@@ -315,6 +292,20 @@ def stage_at(stages: Sequence[Stage], step: int) -> Stage:
     raise IndexError(f"step {step} is outside the run's {stages[-1].end_step} steps")
 
 
+def _last_values(preset: str, variant: Any) -> dict[str, float]:
+    """Image size and strengths of the last stage, where the config does not say."""
+    if preset == "paper" and variant.paper is not None:
+        last = {name: ends[1] for name, ends in dataclasses.asdict(variant.paper).items()}
+        return {**last, "cutmix_alpha": 0.0}  # the paper does not use CutMix
+    return {
+        "image_size": variant.train_size,
+        "magnitude": variant.randaugment_magnitude,
+        "mixup_alpha": variant.mixup_alpha,
+        "cutmix_alpha": variant.cutmix_alpha,
+        "dropout_rate": variant.dropout_rate,
+    }
+
+
 def _configured_stages(progressive: Any, variant: Any) -> int | None:
     """Number of stages: the config's, the lists', or what the model has in the official code."""
     lists = ("image_sizes", "epochs", "magnitudes", "dropout_rates")
@@ -323,12 +314,13 @@ def _configured_stages(progressive: Any, variant: Any) -> int | None:
         return progressive.stages
     if progressive.preset == "none":
         return 1
-    # V1 models have no stages in the official code; the paper's idea needs at least the usual 4.
-    return max(variant.stages, 4) if progressive.preset == "paper" else variant.stages
+    if progressive.preset == "paper":
+        return variant.stages or PAPER_STAGES  # V1 models have none in the released code
+    return max(variant.stages, 1)
 
 
 def _linear(first: float, last: float, n: int) -> tuple[float, ...]:
-    """n values from first to last, both included; one value: the last."""
+    """The n values from first to last, both included; one value: the last."""
     if n == 1:
         return (last,)
     step = (last - first) / (n - 1)
@@ -400,8 +392,8 @@ def _check_sizes_grow(preset: str, n: int, *, image_size: int, min_image_size: i
     if preset != "none" and n > 1 and min_image_size > image_size:
         raise UserError(
             f"progressive.min_image_size: {min_image_size} px is more than the last stage's "
-            f"{image_size} px, sizes would shrink: set progressive.min_image_size below it, or list "
-            "progressive.image_sizes"
+            f"{image_size} px, sizes would shrink: set progressive.min_image_size below it, or "
+            "list progressive.image_sizes"
         )
 
 
