@@ -1,0 +1,143 @@
+"""Exact metrics over a data set: every example counts once, whatever the batch and the devices.
+
+The last batch is padded and the padding masked; sums over examples are added in float64 and
+divided once, at the end. Raw weights and their moving average are measured on the same decoded
+images in one pass.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from effv2_jax.data import loader
+from effv2_jax.training import mesh as meshes
+from effv2_jax.training.compile import Program, Programs
+
+SUMS = ("loss", "top1", "top5")
+
+# Batches handed to the device ahead of the one whose sums are fetched.
+_IN_FLIGHT = 2
+
+
+class Evaluator:
+    """Evaluates variables on one data set at one image size; compiles one program.
+
+    Args:
+        eval_step: (variables, batch) -> sums over the batch's unmasked examples: "loss", "top1",
+            "top5", "count".
+        source: the evaluation examples.
+        data_config: the config's `data` section.
+        image_size: px.
+        batch_size: global; raised to a multiple of the devices, lowered to the data set's size.
+        mesh: the devices.
+        programs: where the program is compiled and kept.
+    """
+
+    def __init__(
+        self,
+        eval_step: Callable[[Any, Any], Mapping[str, jax.Array]],
+        *,
+        source: Any,
+        data_config: Any,
+        image_size: int,
+        batch_size: int,
+        mesh: Mesh,
+        programs: Programs,
+    ) -> None:
+        self._source, self._data_config = source, data_config
+        self._mesh, self._programs = mesh, programs
+        self.image_size = image_size
+        self.batch_size = _padded(min(batch_size, max(1, len(source))), mesh.size)
+        self._jitted = jax.jit(eval_step)
+
+    @property
+    def _name(self) -> str:
+        return f"evaluation, {self.image_size} px, batch {self.batch_size}"
+
+    def prepare(self, variables: Any, labels: jax.ShapeDtypeStruct) -> None:
+        """Starts compiling in the background.
+
+        Args:
+            variables: shapes of what will be evaluated.
+            labels: shape (without the leading axis) and dtype of one example's label.
+        """
+        sharding = meshes.batch_sharding(self._mesh)
+        n, size = self.batch_size, self.image_size
+        batch = {
+            "image": jax.ShapeDtypeStruct((n, size, size, 3), np.float32, sharding=sharding),
+            "label": jax.ShapeDtypeStruct((n, *labels.shape), labels.dtype, sharding=sharding),
+            "mask": jax.ShapeDtypeStruct((n,), np.float32, sharding=sharding),
+        }
+        self._programs.prepare(self._name, lambda: self._jitted.lower(variables, batch))
+
+    def __call__(
+        self, weights: Mapping[str, Any], *, stop: Callable[[], bool] = lambda: False
+    ) -> dict[str, float] | None:
+        """Returns the metrics of each set of variables.
+
+        Args:
+            weights: prefix of the metrics' names ("" or "ema_") -> variables.
+            stop: asked before each batch; once true, the evaluation is given up.
+
+        Returns:
+            For each prefix: PREFIXloss, PREFIXtop1, PREFIXtop5, means over all examples; None if
+            given up.
+
+        Raises:
+            RuntimeError: the loader did not serve every example exactly once.
+        """
+        totals = {prefix: dict.fromkeys((*SUMS, "count"), 0.0) for prefix in weights}
+        waiting: list[dict[str, Mapping[str, jax.Array]]] = []
+
+        def fetch(sums: dict[str, Mapping[str, jax.Array]]) -> None:
+            for prefix, values in jax.device_get(sums).items():
+                for name in totals[prefix]:
+                    totals[prefix][name] += float(values[name])
+
+        for batch in self._batches():
+            if stop():
+                return None
+            program = self._program(weights, batch)
+            waiting.append({prefix: program.run(v, batch) for prefix, v in weights.items()})
+            if len(waiting) > _IN_FLIGHT:
+                fetch(waiting.pop(0))
+        for sums in waiting:
+            fetch(sums)
+        return self._means(totals)
+
+    def _batches(self) -> Iterator[dict[str, jax.Array]]:
+        for batch in loader.eval_batches(
+            self._source,
+            self._data_config,
+            image_size=self.image_size,
+            batch_size=self.batch_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        ):
+            yield meshes.put_batch(batch, self._mesh)
+
+    def _program(self, weights: Mapping[str, Any], batch: dict[str, jax.Array]) -> Program:
+        variables = next(iter(weights.values()))
+        return self._programs.get(self._name, lambda: self._jitted.lower(variables, batch))
+
+    def _means(self, totals: dict[str, dict[str, float]]) -> dict[str, float]:
+        skips = self._data_config.on_corrupt == "skip"
+        means = {}
+        for prefix, sums in totals.items():
+            count = round(sums["count"])
+            if count > len(self._source) or (count < len(self._source) and not skips):
+                raise RuntimeError(
+                    f"evaluation counted {count} examples of {len(self._source)}: each must count "
+                    "exactly once"
+                )
+            for name in SUMS:
+                means[prefix + name] = sums[name] / count if count else math.nan
+        return means
+
+
+def _padded(batch_size: int, devices: int) -> int:
+    return -(-batch_size // devices) * devices

@@ -1,0 +1,114 @@
+"""The plan of a run, as its first lines print it and as plan.json keeps it."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from effv2_jax.training.compile import Program, scaled_memory
+from effv2_jax.training.progressive import Stage
+
+
+@dataclasses.dataclass(frozen=True)
+class StageMemory:
+    """Memory of a stage's train step on each device.
+
+    Attributes:
+        bytes: None where the backend does not say.
+        estimated: scaled from another stage's compiled program instead of measured on its own.
+    """
+
+    bytes: int | None
+    estimated: bool
+
+
+def stage_memory(
+    stages: Sequence[Stage], known: Mapping[tuple[int, int], Program], *, state_bytes: int
+) -> tuple[StageMemory, ...]:
+    """Returns the memory of each stage, scaled from the nearest known stage where not known.
+
+    Args:
+        stages: of the run.
+        known: (image size, batch size) -> compiled program; at least one.
+        state_bytes: of the train state on each device, which does not grow with the images.
+    """
+    measured = {size: program.memory for size, program in known.items() if program.memory}
+
+    def pixels(size: tuple[int, int]) -> int:
+        return size[0] ** 2 * size[1]
+
+    def memory(stage: Stage) -> StageMemory:
+        wanted = (stage.image_size, stage.batch_size)
+        if wanted in measured or not measured:
+            return StageMemory(measured.get(wanted), estimated=False)
+        nearest = min(measured, key=lambda size: abs(pixels(size) - pixels(wanted)))
+        factor = pixels(wanted) / pixels(nearest)
+        return StageMemory(
+            scaled_memory(measured[nearest], fixed=state_bytes, pixels=factor), estimated=True
+        )
+
+    return tuple(memory(stage) for stage in stages)
+
+
+def plan_table(stages: Sequence[Stage], memory: Sequence[StageMemory]) -> str:
+    """Returns the stages as a table of text, a line each, with a heading and a total."""
+    heading = ("stage", "image", "batch", "magnitude", "dropout", "mixup", "cutmix")
+    heading += ("steps", "epochs", "images", "memory")
+    rows = [
+        (
+            f"{stage.index + 1}",
+            f"{stage.image_size} px",
+            f"{stage.batch_size}",
+            f"{stage.magnitude:g}",
+            f"{stage.dropout_rate:.3g}",
+            f"{stage.mixup_alpha:.3g}",
+            f"{stage.cutmix_alpha:.3g}",
+            f"{stage.steps:,}",
+            f"{stage.epochs:.2f}",
+            f"{stage.steps * stage.batch_size:,}",
+            _memory_text(need),
+        )
+        for stage, need in zip(stages, memory, strict=True)
+    ]
+    total = (
+        ["all"]
+        + [""] * 6
+        + [
+            f"{stages[-1].end_step:,}",
+            f"{sum(stage.epochs for stage in stages):.2f}",
+            f"{sum(stage.steps * stage.batch_size for stage in stages):,}",
+            "",
+        ]
+    )
+    table = [heading, *rows, total]
+    widths = [max(len(row[column]) for row in table) for column in range(len(heading))]
+    lines = [
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in table
+    ]
+    if any(need.estimated for need in memory):
+        lines.append("memory is per device; ~: estimated by scaling a compiled stage's with pixels")
+    else:
+        lines.append("memory is per device, of the compiled steps")
+    return "\n".join(lines)
+
+
+def plan_rows(stages: Sequence[Stage], memory: Sequence[StageMemory]) -> list[dict[str, Any]]:
+    """Returns the stages as plan.json keeps them: the fields of Stage and the memory."""
+    return [
+        {
+            **dataclasses.asdict(stage),
+            "images": stage.steps * stage.batch_size,
+            "memory_bytes": need.bytes,
+            "memory_estimated": need.estimated,
+        }
+        for stage, need in zip(stages, memory, strict=True)
+    ]
+
+
+def _memory_text(need: StageMemory) -> str:
+    if need.bytes is None:
+        return "unknown"
+    mark = "~" if need.estimated else ""
+    if need.bytes < 10**9:
+        return f"{mark}{need.bytes / 10**6:.0f} MB"
+    return f"{mark}{need.bytes / 10**9:.2f} GB"
