@@ -5,6 +5,7 @@ google/automl, efficientnetv2. Imports neither jax nor flax.
 """
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -138,7 +139,7 @@ def expand_blocks(
         )
         rest = dataclasses.replace(first, in_channels=first.channels, stride=1)
         out += [first] + [rest] * (round_repeats(row.repeats, depth) - 1)
-    for before, after in zip(out, out[1:], strict=False):
+    for before, after in itertools.pairwise(out):
         if before.channels != after.in_channels:
             raise UserError(
                 f"blocks do not fit: {format_block(before)} gives {before.channels} channels, "
