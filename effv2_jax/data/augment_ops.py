@@ -1,0 +1,385 @@
+"""The operations of AutoAugment and RandAugment on one uint8 image, equal to the official ones.
+
+Official: efficientnetv2/autoaugment.py of google/automl, whose arithmetic (truncating casts,
+thresholds modulo 256, a "mean" that depends on the image's size only, ...) is kept on purpose.
+Every operation is one of five kinds:
+
+* a table of 256 values per channel: AutoContrast, Equalize, Invert, Posterize, Solarize,
+  SolarizeAdd, Contrast, Brightness;
+* a gather of the nearest pixel under an affine map: Rotate, Shear, Translate;
+* a blend with the grey image: Color;
+* a blend with the image smoothed by a 3x3 filter: Sharpness;
+* a box of one colour: Cutout.
+
+Each product that is then added to something goes through `_rounded`, because compilers may fuse
+the two into one multiply-add with a single rounding; the results are truncated to integers, so
+one such bit moves a pixel by a whole level.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# RandAugment's operations in the order in which the official code numbers them.
+OPERATIONS = (
+    "AutoContrast",
+    "Equalize",
+    "Invert",
+    "Rotate",
+    "Posterize",
+    "Solarize",
+    "Color",
+    "Contrast",
+    "Brightness",
+    "Sharpness",
+    "ShearX",
+    "ShearY",
+    "TranslateX",
+    "TranslateY",
+    "Cutout",
+    "SolarizeAdd",
+)
+IDENTITY = len(OPERATIONS)
+
+# Fills what geometric operations and Cutout leave empty.
+REPLACE = 128
+
+_GREY_WEIGHTS = (0.2989, 0.587, 0.114)
+_PIXELS = np.arange(256, dtype=np.int32)
+# 255 / d for d = 0..255 (0 unused), rounded on the host: devices may divide less exactly.
+_STRETCH = np.float32(255.0) / np.maximum(np.arange(256), 1).astype(np.float32)
+
+
+def _rounded(product: jax.Array) -> jax.Array:
+    """Returns its argument; stands between a product and a sum so that they are not fused.
+
+    A minimum with a number beyond every value that occurs changes nothing, but no compiler may
+    move the addition across it.
+    """
+    return jnp.minimum(product, np.float32(1e30))
+
+
+def _to_uint8(values: jax.Array) -> jax.Array:
+    """Clips float32 to 0..255 and truncates, as the official casts do."""
+    return jnp.clip(values, 0.0, 255.0).astype(jnp.int32).astype(jnp.uint8)
+
+
+def blend(degenerate: jax.Array, image: jax.Array, factor: jax.Array) -> jax.Array:
+    """Moves from `degenerate` (factor 0) to `image` (factor 1) and beyond.
+
+    Args:
+      degenerate: uint8, broadcastable to `image`.
+      image: uint8.
+      factor: float32 scalar >= 0.
+
+    Returns:
+      uint8, truncated. Official: autoaugment.py blend; its special cases 0 and 1, and leaving out
+      the clipping between them, give the same values.
+    """
+    start = degenerate.astype(jnp.float32)
+    return _to_uint8(start + _rounded(factor * (image.astype(jnp.float32) - start)))
+
+
+# Tables: uint8 [256] for all channels or [3, 256].
+
+
+def identity_table() -> jax.Array:
+    """Returns the table that changes nothing, uint8 [256]."""
+    return jnp.asarray(_PIXELS, jnp.uint8)
+
+
+def invert_table() -> jax.Array:
+    """Returns 255 - pixel, uint8 [256]."""
+    return jnp.asarray(255 - _PIXELS, jnp.uint8)
+
+
+def posterize_table(shift: jax.Array) -> jax.Array:
+    """Returns pixels with their lowest `shift` (0..7) bits cleared, uint8 [256]."""
+    shift = shift.astype(jnp.int32)
+    return ((_PIXELS >> shift) << shift).astype(jnp.uint8)
+
+
+def solarize_table(threshold: jax.Array) -> jax.Array:
+    """Returns pixels inverted from `threshold` (0..255) on, uint8 [256]."""
+    return jnp.where(threshold > _PIXELS, _PIXELS, 255 - _PIXELS).astype(jnp.uint8)
+
+
+def solarize_add_table(addition: jax.Array) -> jax.Array:
+    """Returns pixels below 128 brightened by the integer `addition`, uint8 [256]."""
+    added = jnp.clip(_PIXELS + addition.astype(jnp.int32), 0, 255)
+    return jnp.where(_PIXELS < 128, added, _PIXELS).astype(jnp.uint8)
+
+
+def brightness_table(factor: jax.Array) -> jax.Array:
+    """Returns the blend of black and the pixel, uint8 [256]."""
+    return blend(jnp.zeros((256,), jnp.uint8), identity_table(), factor)
+
+
+def contrast_table(factor: jax.Array, height: int, width: int) -> jax.Array:
+    """Returns the blend of one grey and the pixel, uint8 [256].
+
+    The grey is the number of pixels / 256, at most 255: the official code sums the histogram's
+    counts instead of averaging over them.
+    """
+    grey = np.uint8(min(height * width / 256.0, 255.0))
+    return blend(jnp.full((256,), grey), identity_table(), factor)
+
+
+def autocontrast_table(image: jax.Array) -> jax.Array:
+    """Returns the table that stretches each channel to 0..255, uint8 [3, 256].
+
+    A channel of one value stays as it is.
+    """
+    low = jnp.min(image, axis=(0, 1)).astype(jnp.int32)[:, None]
+    high = jnp.max(image, axis=(0, 1)).astype(jnp.int32)[:, None]
+    scale = jnp.asarray(_STRETCH)[high - low]
+    offset = _rounded(-low.astype(jnp.float32) * scale)
+    stretched = _to_uint8(_rounded(_PIXELS.astype(np.float32) * scale) + offset)
+    return jnp.where(high > low, stretched, identity_table())
+
+
+def equalize_table(image: jax.Array) -> jax.Array:
+    """Returns the table that flattens each channel's histogram, uint8 [3, 256].
+
+    Integer arithmetic; a channel whose step is 0 (nearly all pixels in the last bin) stays.
+    """
+    counts = histogram(image)
+    last = 255 - jnp.argmax(counts[:, ::-1] > 0, axis=1, keepdims=True)
+    step = (image.shape[0] * image.shape[1] - jnp.take_along_axis(counts, last, axis=1)) // 255
+    below = jnp.cumsum(counts, axis=1) - counts
+    first = (_PIXELS == 0).astype(np.int32)
+    # The official table is shifted by one entry and starts with 0.
+    values = jnp.where(first == 1, 0, (below + step // 2) // jnp.maximum(step, 1))
+    return jnp.where(step == 0, _PIXELS, jnp.clip(values, 0, 255)).astype(jnp.uint8)
+
+
+def histogram(image: jax.Array) -> jax.Array:
+    """Counts the values of each channel.
+
+    Args:
+      image: uint8 [H, W, 3].
+
+    Returns:
+      int32 [3, 256].
+    """
+    bins = (image.astype(jnp.int32) + 256 * np.arange(3, dtype=np.int32)).reshape(-1)
+    counts = jnp.zeros((768,), jnp.int32).at[bins].add(1, mode="promise_in_bounds")
+    return counts.reshape(3, 256)
+
+
+def apply_table(image: jax.Array, table: jax.Array) -> jax.Array:
+    """Looks every pixel up.
+
+    Args:
+      image: uint8 [H, W, 3].
+      table: uint8 [256] or [3, 256].
+
+    Returns:
+      uint8 [H, W, 3].
+    """
+    flat = jnp.broadcast_to(table, (3, 256)).reshape(-1)
+    index = image.astype(jnp.int32) + 256 * np.arange(3, dtype=np.int32)
+    return flat.at[index].get(mode="promise_in_bounds")
+
+
+# Affine maps: six numbers (a, b, c, d, e, f): output pixel (x, y) shows the input's pixel
+# (a x + b y + c, d x + e y + f).
+
+
+def shear_x_matrix(level: jax.Array) -> jax.Array:
+    """Returns the map of ShearX, float32 [6]."""
+    return _matrix(1, level, 0, 0, 1, 0)
+
+
+def shear_y_matrix(level: jax.Array) -> jax.Array:
+    """Returns the map of ShearY, float32 [6]."""
+    return _matrix(1, 0, 0, level, 1, 0)
+
+
+def translate_x_matrix(pixels: jax.Array) -> jax.Array:
+    """Returns the map of TranslateX by `pixels` (to the left if positive), float32 [6]."""
+    return _matrix(1, 0, pixels, 0, 1, 0)
+
+
+def translate_y_matrix(pixels: jax.Array) -> jax.Array:
+    """Returns the map of TranslateY by `pixels` (upwards if positive), float32 [6]."""
+    return _matrix(1, 0, 0, 0, 1, pixels)
+
+
+def rotate_matrix(cosine: jax.Array, sine: jax.Array, height: int, width: int) -> jax.Array:
+    """Returns the map of a rotation about the image's centre, float32 [6].
+
+    Args:
+      cosine: float32 scalar; computed on the host, so that every device rotates alike.
+      sine: float32 scalar.
+      height: of the image in pixels.
+      width: of the image in pixels.
+
+    Returns:
+      float32 [6]. Official: tensorflow_addons image/transform_ops.py.
+    """
+    right, bottom = np.float32(width - 1), np.float32(height - 1)
+    shift_x = (right - (_rounded(cosine * right) - _rounded(sine * bottom))) * 0.5
+    shift_y = (bottom - (_rounded(sine * right) + _rounded(cosine * bottom))) * 0.5
+    return _matrix(cosine, -sine, shift_x, sine, cosine, shift_y)
+
+
+def _matrix(*entries: jax.Array | float) -> jax.Array:
+    return jnp.stack([jnp.asarray(entry, jnp.float32) for entry in entries])
+
+
+def apply_affine(image: jax.Array, matrix: jax.Array) -> jax.Array:
+    """Fetches for every output pixel the nearest input pixel; 128 where there is none.
+
+    Args:
+      image: uint8 [H, W, 3].
+      matrix: float32 [6].
+
+    Returns:
+      uint8 [H, W, 3]. Coordinates are float32 and round half away from zero, as in the official
+      kernel.
+    """
+    height, width, _ = image.shape
+    column = np.arange(width, dtype=np.float32)[None, :]
+    row = np.arange(height, dtype=np.float32)[:, None]
+
+    def nearest(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
+        return jax.lax.round(_rounded(a * column) + _rounded(b * row) + c).astype(jnp.int32)
+
+    x, y = nearest(*matrix[:3]), nearest(*matrix[3:])
+    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    index = jnp.where(inside, y * width + x, 0)
+    pixels = image.reshape(-1, 3).at[index].get(mode="promise_in_bounds")
+    return jnp.where(inside[..., None], pixels, np.uint8(REPLACE))
+
+
+def color(image: jax.Array, factor: jax.Array) -> jax.Array:
+    """Blends the grey image and the image.
+
+    Args:
+      image: uint8 [H, W, 3].
+      factor: float32 scalar; 0 is grey, 1 the image.
+
+    Returns:
+      uint8 [H, W, 3].
+    """
+    scaled = image.astype(jnp.float32) * np.float32(1 / 255)
+    red, green, blue = (
+        _rounded(scaled[..., i] * np.float32(weight)) for i, weight in enumerate(_GREY_WEIGHTS)
+    )
+    grey = _to_uint8(((red + green) + blue) * np.float32(255.5))
+    return blend(grey[..., None], image, factor)
+
+
+def sharpness(image: jax.Array, factor: jax.Array) -> jax.Array:
+    """Blends the smoothed image and the image.
+
+    Args:
+      image: uint8 [H, W, 3], at least 3 x 3 pixels.
+      factor: float32 scalar; 0 is smooth, 1 the image.
+
+    Returns:
+      uint8 [H, W, 3]; the outermost pixels stay as they are.
+    """
+    height, width, _ = image.shape
+    values = image.astype(jnp.float32)
+    neighbour = _rounded(values * np.float32(np.float32(1) / np.float32(13)))
+    centre = _rounded(values * np.float32(np.float32(5) / np.float32(13)))
+    total = jnp.zeros((height - 2, width - 2, 3), jnp.float32)
+    # In the order of the official convolution: the sum's last bit decides the truncated value.
+    for i in range(3):
+        for j in range(3):
+            source = centre if (i, j) == (1, 1) else neighbour
+            total = total + source[i : i + height - 2, j : j + width - 2]
+    # A border of the image itself blends to itself.
+    smooth = image.at[1:-1, 1:-1].set(_to_uint8(total))
+    return blend(smooth, image, factor)
+
+
+def cutout(image: jax.Array, pad: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
+    """Paints a square of grey.
+
+    Args:
+      image: uint8 [H, W, 3].
+      pad: half the square's side in pixels.
+      y: row of its centre.
+      x: column of its centre.
+
+    Returns:
+      uint8 [H, W, 3]; the square is cut at the border.
+    """
+    return jnp.where(square(*image.shape[:2], pad, y, x), np.uint8(REPLACE), image)
+
+
+def square(height: int, width: int, pad: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
+    """Returns bool [H, W, 1], true within rows y-pad..y+pad-1 and columns x-pad..x+pad-1."""
+    row = np.arange(height)[:, None, None]
+    column = np.arange(width)[None, :, None]
+    return (row >= y - pad) & (row < y + pad) & (column >= x - pad) & (column < x + pad)
+
+
+def table_for(name: str, image: jax.Array, argument: jax.Array) -> jax.Array:
+    """Returns the table of an operation of the table kind, uint8 [256] or [3, 256]."""
+    makers: dict[str, Callable[[], jax.Array]] = {
+        "AutoContrast": lambda: autocontrast_table(image),
+        "Equalize": lambda: equalize_table(image),
+        "Invert": invert_table,
+        "Posterize": lambda: posterize_table(argument),
+        "Solarize": lambda: solarize_table(argument),
+        "SolarizeAdd": lambda: solarize_add_table(argument),
+        "Contrast": lambda: contrast_table(argument, *image.shape[:2]),
+        "Brightness": lambda: brightness_table(argument),
+    }
+    return makers[name]()
+
+
+def matrix_for(name: str, image: jax.Array, arguments: jax.Array) -> jax.Array:
+    """Returns the map of an operation of the affine kind, float32 [6]."""
+    makers: dict[str, Callable[[], jax.Array]] = {
+        "Rotate": lambda: rotate_matrix(arguments[0], arguments[1], *image.shape[:2]),
+        "ShearX": lambda: shear_x_matrix(arguments[0]),
+        "ShearY": lambda: shear_y_matrix(arguments[0]),
+        "TranslateX": lambda: translate_x_matrix(arguments[0]),
+        "TranslateY": lambda: translate_y_matrix(arguments[0]),
+    }
+    return makers[name]()
+
+
+TABLE_OPERATIONS = (
+    "AutoContrast",
+    "Equalize",
+    "Invert",
+    "Posterize",
+    "Solarize",
+    "SolarizeAdd",
+    "Contrast",
+    "Brightness",
+)
+AFFINE_OPERATIONS = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
+
+
+def apply_operation(
+    name: str, image: jax.Array, *, arguments: jax.Array, centre: jax.Array
+) -> jax.Array:
+    """Applies one operation by name.
+
+    Args:
+      name: one of OPERATIONS.
+      image: uint8 [H, W, 3].
+      arguments: float32 [2], see `policy.arguments`.
+      centre: int32 [2], Cutout's row and column.
+
+    Returns:
+      uint8 [H, W, 3].
+    """
+    if name in TABLE_OPERATIONS:
+        return apply_table(image, table_for(name, image, arguments[0]))
+    if name in AFFINE_OPERATIONS:
+        return apply_affine(image, matrix_for(name, image, arguments))
+    if name == "Color":
+        return color(image, arguments[0])
+    if name == "Sharpness":
+        return sharpness(image, arguments[0])
+    return cutout(image, arguments[0].astype(jnp.int32), centre[0], centre[1])
