@@ -1,0 +1,128 @@
+"""How convolutions are computed on each backend.
+
+`models/layers.py` says what a convolution means; this package says how it is computed. It is the
+only place of the networks that asks which backend runs. `TABLE` holds every choice: GPUs and TPUs
+take XLA's convolution as it is; XLA's CPU backend is several times slower with some of them, above
+all with the gradients of depthwise convolutions, so it gets forms of its own (`cpu_depthwise.py`,
+`cpu_dense.py`). All forms agree with the plain ones in value and gradient to rounding.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+
+from effv2_jax.models.lowering import cpu_dense, cpu_depthwise, plain
+from effv2_jax.models.lowering.geometry import Geometry, Padding, make_geometry
+
+IMPLEMENTATIONS = ("auto", "plain", "cpu")
+
+_Form = Callable[[jax.Array, jax.Array, Geometry], jax.Array]
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """The form of each kind of convolution on one backend.
+
+    Attributes:
+        dense: kernels of more than 1x1 that see every input channel.
+        pointwise: 1x1 kernels, stride 1, no padding.
+        depthwise: one filter per channel.
+    """
+
+    dense: _Form
+    pointwise: _Form
+    depthwise: _Form
+
+
+_PLAIN = Lowering(dense=plain.dense, pointwise=plain.dense, depthwise=plain.depthwise)
+_CPU = Lowering(
+    dense=cpu_dense.dense, pointwise=cpu_dense.pointwise, depthwise=cpu_depthwise.depthwise
+)
+
+# Backend -> forms. A backend that is not listed takes the plain ones.
+TABLE = {"cpu": _CPU, "gpu": _PLAIN, "tpu": _PLAIN}
+
+
+def choose(implementation: str = "auto") -> Lowering:
+    """Returns the forms that `implementation` stands for in this process.
+
+    Args:
+        implementation: "auto" takes the default backend's row of `TABLE`, "plain" XLA's own
+            convolutions, "cpu" the forms written for XLA's CPU backend.
+
+    Raises:
+        ValueError: for another name.
+    """
+    if implementation == "auto":
+        return TABLE.get(jax.default_backend(), _PLAIN)
+    if implementation == "plain":
+        return _PLAIN
+    if implementation == "cpu":
+        return _CPU
+    raise ValueError(f"implementation {implementation!r}, expected one of {IMPLEMENTATIONS}")
+
+
+def conv2d(
+    x: jax.Array,
+    kernel: jax.Array,
+    *,
+    stride: int = 1,
+    padding: Padding = "SAME",
+    implementation: str = "auto",
+) -> jax.Array:
+    """Convolves images with filters that see every channel.
+
+    Args:
+        x: [N, H, W, C], float32, bfloat16 or float16: the type that is computed in.
+        kernel: [k, k, C, O], any float type; cast to that of `x`.
+        stride: the same along both axes.
+        padding: "SAME" as in TensorFlow (at stride 2 the odd row or column is at the bottom or
+            right), "VALID", or explicit ((top, bottom), (left, right)).
+        implementation: see `choose`.
+
+    Returns:
+        [N, H', W', O], type of `x`. The CPU forms have their own gradient: reverse mode works any
+        number of times, forward mode (`jax.jvp`) only with "plain".
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown padding or implementation.
+    """
+    if x.ndim != 4 or kernel.ndim != 4 or x.shape[3] != kernel.shape[2]:
+        raise ValueError(f"conv2d: x {x.shape} and kernel {kernel.shape}, expected NHWC and HWIO")
+    geometry = make_geometry(x.shape, kernel.shape, stride=stride, padding=padding)
+    forms = choose(implementation)
+    if geometry.is_pointwise:
+        return forms.pointwise(x, kernel, geometry)
+    return forms.dense(x, kernel, geometry)
+
+
+def depthwise_conv2d(
+    x: jax.Array,
+    kernel: jax.Array,
+    *,
+    stride: int = 1,
+    padding: Padding = "SAME",
+    implementation: str = "auto",
+) -> jax.Array:
+    """Convolves every channel with its own filter.
+
+    Args:
+        x: [N, H, W, C], float32, bfloat16 or float16: the type that is computed in.
+        kernel: [k, k, 1, C], any float type; cast to that of `x`.
+        stride: the same along both axes.
+        padding: as in `conv2d`.
+        implementation: see `choose`.
+
+    Returns:
+        [N, H', W', C], type of `x`; gradients as in `conv2d`.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown padding or implementation.
+    """
+    if x.ndim != 4 or kernel.ndim != 4 or kernel.shape[2:] != (1, x.shape[3]):
+        raise ValueError(
+            f"depthwise_conv2d: x {x.shape} and kernel {kernel.shape}, expected NHWC and [k, k, 1, C]"
+        )
+    geometry = make_geometry(x.shape, kernel.shape, stride=stride, padding=padding)
+    return choose(implementation).depthwise(x, kernel, geometry)

@@ -1,0 +1,175 @@
+"""Dense and 1x1 convolutions for XLA's CPU backend: matrix products where they are faster.
+
+XLA runs convolutions forward, and their input gradients at stride 1, near the speed of its matrix
+product. The exceptions, measured in `docs/performance.md`, are what this file is about: 1x1
+convolutions, the input gradient at stride 2, and the gradient of the kernel.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from effv2_jax.models.lowering import plain
+from effv2_jax.models.lowering.geometry import Axis, Geometry
+from effv2_jax.models.lowering.windows import interleave, pad_image, sum_type, window
+
+_CHUNK = 256  # rows per product of `outer_sum`'s batched form
+
+
+def pointwise(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+    """1x1 convolution: x [N, H, W, C], kernel [1, 1, C, O] -> [N, H, W, O]."""
+    del geometry
+    return _pointwise(x, kernel)
+
+
+def dense(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+    """x [N, H, W, C], kernel [k, k, C, O] -> [N, H', W', O]."""
+    if not geometry.has_own_forms or geometry.rows.kernel < 2 or geometry.columns.kernel < 2:
+        return plain.dense(x, kernel, geometry)
+    return _dense(x, kernel, geometry)
+
+
+@jax.custom_vjp
+def _pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    pixels = _pixels(x)
+    return (pixels @ kernel[0, 0].astype(x.dtype)).reshape(*x.shape[:3], kernel.shape[3])
+
+
+def _pointwise_forward(
+    x: jax.Array, kernel: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _pointwise(x, kernel), (x, kernel)
+
+
+def _pointwise_backward(
+    residuals: tuple[jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, kernel = residuals
+    dx = (_pixels(dy) @ kernel[0, 0].astype(dy.dtype).T).reshape(x.shape)
+    gradient = outer_sum(_pixels(x), _pixels(dy))
+    return dx, gradient.reshape(kernel.shape).astype(kernel.dtype)
+
+
+_pointwise.defvjp(_pointwise_forward, _pointwise_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _dense(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+    return plain.dense(x, kernel, geometry)
+
+
+def _dense_forward(
+    x: jax.Array, kernel: jax.Array, geometry: Geometry
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return plain.dense(x, kernel, geometry), (x, kernel)
+
+
+def _dense_backward(
+    geometry: Geometry, residuals: tuple[jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, kernel = residuals
+    channels, filters = kernel.shape[2:]
+    if geometry.strides != (1, 1) and channels < 32:
+        dx = _input_gradient_by_phases(dy, kernel, geometry)
+    else:
+        dx = _plain_gradient(x, kernel, geometry, dy, of=0)
+    if filters <= 32 or channels <= 16:
+        dkernel = _plain_gradient(x, kernel, geometry, dy, of=1)
+    else:
+        dkernel = _kernel_gradient_by_taps(x, dy, kernel, geometry)
+    return dx, dkernel
+
+
+_dense.defvjp(_dense_forward, _dense_backward)
+
+
+def _plain_gradient(
+    x: jax.Array, kernel: jax.Array, geometry: Geometry, dy: jax.Array, *, of: int
+) -> jax.Array:
+    """XLA's own gradient with respect to the input (of=0) or the kernel (of=1)."""
+    _, pull_back = jax.vjp(functools.partial(plain.dense, geometry=geometry), x, kernel)
+    return pull_back(dy)[of]
+
+
+def _input_gradient_by_phases(dy: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+    """A small convolution for each of the phases of the input, instead of one over dilated dy.
+
+    Faster where the input has few channels; with more of them XLA's own is equally fast.
+    """
+    rows, columns = geometry.rows, geometry.columns
+    backward = kernel.astype(dy.dtype).swapaxes(2, 3)  # [k, k, O, C]
+    phases = []
+    for row_phase in range(rows.stride):
+        for column_phase in range(columns.stride):
+            down, i = _phase_window(rows, row_phase)
+            right, j = _phase_window(columns, column_phase)
+            phases.append(
+                lax.conv_general_dilated(
+                    dy,
+                    backward[i, j],
+                    (1, 1),
+                    (down, right),
+                    dimension_numbers=plain.NHWC,
+                )
+            )
+    return interleave(phases, geometry)
+
+
+def _phase_window(axis: Axis, phase: int) -> tuple[tuple[int, int], slice]:
+    """Padding of dy and taps, in the order of the gradient's convolution, of one phase.
+
+    Neighbouring taps of a phase are `stride` apart and reach neighbouring outputs, the later tap
+    the earlier output.
+    """
+    taps = axis.taps_of_phase(phase)
+    (first, last_offset), (last, first_offset) = taps[0], taps[-1]
+    stop = first - axis.stride
+    reversed_taps = slice(last, stop if stop >= 0 else None, -axis.stride)
+    return (-first_offset, last_offset + axis.phase_length - axis.out), reversed_taps
+
+
+def _kernel_gradient_by_taps(
+    x: jax.Array, dy: jax.Array, kernel: jax.Array, geometry: Geometry
+) -> jax.Array:
+    """A matrix product for every tap: its window of the input against dy."""
+    padded = pad_image(x, geometry.padding)
+    pixels = _pixels(dy)
+    gradient = [
+        outer_sum(_pixels(window(padded, geometry, i, j)), pixels)
+        for i in range(geometry.rows.kernel)
+        for j in range(geometry.columns.kernel)
+    ]
+    return jnp.stack(gradient).reshape(kernel.shape).astype(kernel.dtype)
+
+
+def outer_sum(x: jax.Array, dy: jax.Array) -> jax.Array:
+    """Sum over the rows of x [rows, C] and dy [rows, O] of their outer products.
+
+    The product contracts the long axis of both operands, which XLA's fast matrix product does not
+    take; the general one that is left is slow for few columns. Three ways, chosen by shape.
+
+    Returns:
+        [C, O], float32 or wider.
+    """
+    rows, channels = x.shape
+    wide = sum_type(x)
+    if channels <= 96 and rows >= 4096 and rows % _CHUNK == 0:
+        # A batch of short products that stay in the cache.
+        parts = lax.dot_general(
+            x.reshape(-1, _CHUNK, channels),
+            dy.reshape(-1, _CHUNK, dy.shape[1]),
+            (((1,), (1,)), ((0,), (0,))),
+            preferred_element_type=wide,
+        )
+        return parts.sum(0)
+    if channels > dy.shape[1]:
+        # The barrier keeps XLA from folding the transposition back into the product.
+        return lax.dot(lax.optimization_barrier(x.T), dy, preferred_element_type=wide)
+    return lax.dot_general(x, dy, (((0,), (0,)), ((), ())), preferred_element_type=wide)
+
+
+def _pixels(x: jax.Array) -> jax.Array:
+    """[N, H, W, C] -> [N * H * W, C]."""
+    return x.reshape(-1, x.shape[3])

@@ -1,0 +1,50 @@
+"""Pieces of images that the CPU forms are made of."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from effv2_jax.models.lowering.geometry import Geometry
+
+
+def sum_type(x: jax.Array) -> jnp.dtype:
+    """Type that sums over x are kept in: float32 unless x is wider."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def pad_image(x: jax.Array, padding: tuple[tuple[int, int], tuple[int, int]]) -> jax.Array:
+    """Adds ((top, bottom), (left, right)) zeros to x [N, H, W, C]."""
+    if not any(map(any, padding)):
+        return x
+    return jnp.pad(x, ((0, 0), *padding, (0, 0)))
+
+
+def window(padded: jax.Array, geometry: Geometry, i: int, j: int) -> jax.Array:
+    """What tap (i, j) sees of the padded input: one pixel per output, [N, H', W', C]."""
+    rows, columns = geometry.rows, geometry.columns
+    return padded[
+        :,
+        i : i + rows.stride * (rows.out - 1) + 1 : rows.stride,
+        j : j + columns.stride * (columns.out - 1) + 1 : columns.stride,
+    ]
+
+
+def interleave(phases: Sequence[jax.Array], geometry: Geometry) -> jax.Array:
+    """Puts the phases of an image back in place.
+
+    Args:
+        phases: stride * stride images [N, phase_length, phase_length, C], the column's phase
+            changing fastest.
+        geometry: of the convolution whose input is put together.
+
+    Returns:
+        [N, H, W, C]: pixel (h, w) is pixel (h // stride, w // stride) of phase (h % stride, w % stride).
+    """
+    down, right = geometry.strides
+    if down == right == 1:
+        return phases[0]
+    n, height, width, channels = phases[0].shape
+    lines = [jnp.stack(phases[r * right : (r + 1) * right], 3) for r in range(down)]
+    image = jnp.stack(lines, 2).reshape(n, height * down, width * right, channels)
+    return image[:, : geometry.rows.size, : geometry.columns.size]
