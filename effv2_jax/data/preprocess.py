@@ -1,0 +1,289 @@
+"""Crop, resize and normalise one picture, as the official code does for training and evaluation.
+
+Four kinds, and the kind travels with the weights:
+
+| kind | evaluation shows | resize | normalised |
+|---|---|---|---|
+| v2 | the centre below 320 px, else the whole picture, squeezed | bilinear | (x-128)/128 |
+| v1 | the centre, at every size | v1 bicubic | ImageNet mean, deviation |
+| finetune | the whole picture, squeezed to a square | bilinear | (x/255-.5)/.5 |
+| advprop | as v1 | v1 bicubic | x*2/255-1 |
+
+Official: preprocessing.py (v2 and finetune) and preprocess_legacy.py (v1) of google/automl
+efficientnetv2; advprop: eval_ckpt_main.py (`advprop_preprocessing`) of tensorflow/tpu efficientnet.
+
+The host crops and resizes; flips, augmentation and normalisation run on the device. A training
+picture is truncated to uint8 after the resize, as the official code does before it augments. (With
+no augmentation at all the official code keeps the fractions; here they are always dropped, so that
+a quarter of the bytes goes to the device.)
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from effv2_jax.data.decode import EncodedImage
+from effv2_jax.data.resize import resize_bicubic_v1, resize_bilinear
+from effv2_jax.errors import UserError
+
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)  # shares of 255; preprocess_legacy.py:mean_rgb
+_IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What one kind of preprocessing does.
+
+    Attributes:
+      name: as in the config.
+      mean: subtracted from pixels 0..255, per channel.
+      std: what the difference is divided by.
+      bicubic: v1 bicubic instead of bilinear resizing, in training and evaluation.
+      crop_below: evaluation crops the centre for sizes below this (px); 0: never.
+      round_up: the central crop's offset is (free + 1) // 2 instead of free // 2.
+      min_covered: training crops below this share of the picture are drawn again (the official
+        v1 code asks for 0.1 of the box that is the whole picture).
+      centre_when_whole: a training crop equal to the whole picture is replaced by the central one.
+    """
+
+    name: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    bicubic: bool = False
+    crop_below: float = 0.0
+    round_up: bool = False
+    min_covered: float = 0.0
+    centre_when_whole: bool = False
+
+
+_V1 = Kind(
+    name="v1",
+    mean=tuple(255 * m for m in _IMAGENET_MEAN),
+    std=tuple(255 * s for s in _IMAGENET_DEVIATION),
+    bicubic=True,
+    crop_below=math.inf,
+    round_up=True,
+    min_covered=0.1,
+    centre_when_whole=True,
+)
+KINDS: dict[str, Kind] = {
+    "v2": Kind(name="v2", mean=(128.0,) * 3, std=(128.0,) * 3, crop_below=320),
+    "v1": _V1,
+    "finetune": Kind(name="finetune", mean=(127.5,) * 3, std=(127.5,) * 3),
+    "advprop": dataclasses.replace(_V1, name="advprop", mean=(127.5,) * 3, std=(127.5,) * 3),
+}
+
+
+def get_kind(name: str) -> Kind:
+    """The kind of that name.
+
+    Raises:
+      UserError: there is none.
+    """
+    if name not in KINDS:
+        raise UserError(
+            f"data.preprocessing: found {name!r}, expected one of {', '.join(sorted(KINDS))}"
+        )
+    return KINDS[name]
+
+
+def normalization(kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """(mean, std), float32 [3], in pixels 0..255: the network sees (pixel - mean) / std."""
+    found = get_kind(kind)
+    return np.asarray(found.mean, np.float32), np.asarray(found.std, np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Box:
+    """A window of a picture: `top`, `left`, `height`, `width`, all in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+@dataclasses.dataclass(frozen=True)
+class CropSampling:
+    """How a training crop is drawn; the defaults are those of V2.
+
+    Attributes:
+      area: bounds of the crop's share of the picture.
+      aspect: bounds of width / height.
+      attempts: draws until the whole picture is taken instead.
+      min_covered: crops below this share are drawn again (see `Kind`).
+    """
+
+    area: tuple[float, float] = (0.05, 1.0)
+    aspect: tuple[float, float] = (0.75, 1.33)
+    attempts: int = 100
+    min_covered: float = 0.0
+
+
+def _round(value: float) -> int:
+    return int(np.rint(value))  # half to even, as C's lrintf
+
+
+def _try_crop(
+    height: int, width: int, aspect: float, rng: np.random.Generator, area: tuple[float, float]
+) -> Box | None:
+    min_area, max_area = area[0] * height * width, area[1] * height * width
+    low = _round(math.sqrt(min_area / aspect))
+    high = _round(math.sqrt(max_area / aspect))
+    if _round(high * aspect) > width:
+        # The largest height whose rounded width still fits.
+        high = int((width + 0.5 - 1e-7) / aspect)
+        if _round(high * aspect) > width:
+            high -= 1
+    high = min(high, height)
+    low = min(low, high)
+    h = low + int(rng.integers(high - low + 1))
+    w = _round(h * aspect)
+    # Rounding may have left the bounds: one pixel more, then one pixel less, is tried.
+    if w * h < min_area:
+        h += 1
+        w = _round(h * aspect)
+    if w * h > max_area:
+        h -= 1
+        w = _round(h * aspect)
+    if not (min_area <= w * h <= max_area and 0 < w <= width and 0 < h <= height):
+        return None
+    # The upper bound is exclusive in TensorFlow: the last position is never drawn.
+    top = int(rng.integers(height - h)) if h < height else 0
+    left = int(rng.integers(width - w)) if w < width else 0
+    return Box(top, left, h, w)
+
+
+def sample_crop(
+    height: int, width: int, *, rng: np.random.Generator, sampling: CropSampling
+) -> Box:
+    """Draws a training crop with the distribution of `tf.image.sample_distorted_bounding_box`.
+
+    The aspect is uniform within its bounds, the height uniform among those that keep the area
+    within its bounds (not the area itself, as in other libraries), the position uniform.
+
+    Args:
+      height: of the picture, pixels.
+      width: of the picture, pixels.
+      rng: all that decides.
+      sampling: the bounds.
+
+    Returns:
+      The crop; the whole picture if every attempt failed.
+    """
+    for _ in range(sampling.attempts):
+        low, high = sampling.aspect
+        aspect = low + float(rng.random()) * (high - low)
+        box = _try_crop(height, width, aspect, rng, sampling.area)
+        if box and box.height * box.width >= sampling.min_covered * height * width:
+            return box
+    return Box(0, 0, height, width)
+
+
+def central_crop(height: int, width: int, *, size: int, round_up: bool) -> Box:
+    """The official central crop: size / (size + 32) of the shorter side, a square.
+
+    Args:
+      height: of the picture, pixels.
+      width: of the picture, pixels.
+      size: what the crop will be resized to, pixels.
+      round_up: see `Kind`.
+    """
+    # float32 as in TensorFlow: the product may fall on either side of an integer.
+    crop = int(np.float32(size / (size + 32)) * np.float32(min(height, width)))
+    crop = max(crop, 1)  # the official code fails on one-pixel pictures
+    extra = 1 if round_up else 0
+    return Box((height - crop + extra) // 2, (width - crop + extra) // 2, crop, crop)
+
+
+def _cut(pixels: np.ndarray, box: Box) -> np.ndarray:
+    return pixels[box.top : box.top + box.height, box.left : box.left + box.width]
+
+
+def training_box(
+    height: int,
+    width: int,
+    *,
+    size: int,
+    rng: np.random.Generator,
+    kind: Kind,
+    sampling: CropSampling | None,
+) -> Box:
+    """The window of a picture that a training example shows.
+
+    Args:
+      height: of the picture, pixels.
+      width: of the picture, pixels.
+      size: of the training example, pixels.
+      rng: all that decides.
+      kind: of preprocessing.
+      sampling: None: no crop, the whole picture.
+    """
+    whole = Box(0, 0, height, width)
+    if sampling is None:
+        return whole
+    sampling = dataclasses.replace(sampling, min_covered=kind.min_covered)
+    box = sample_crop(height, width, rng=rng, sampling=sampling)
+    if kind.centre_when_whole and box == whole:
+        return central_crop(height, width, size=size, round_up=kind.round_up)
+    return box
+
+
+def _reduction(box: Box, size: int) -> int:
+    """The largest DCT reduction (1, 2, 4, 8) that leaves the crop at least as large as `size`."""
+    factor = min(box.height, box.width) // size
+    return max(r for r in (1, 2, 4, 8) if r <= max(factor, 1))
+
+
+def training_image(
+    image: EncodedImage | np.ndarray,
+    *,
+    size: int,
+    rng: np.random.Generator,
+    kind: Kind,
+    sampling: CropSampling | None,
+) -> np.ndarray:
+    """Crops and resizes a training picture.
+
+    Args:
+      image: encoded, or [H, W, 3] uint8.
+      size: pixels per side.
+      rng: all that decides.
+      kind: of preprocessing.
+      sampling: of the crop; None: the whole picture is squeezed to a square (official finetune).
+
+    Returns:
+      [size, size, 3] uint8, truncated, not flipped.
+    """
+    height, width = (
+        image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)
+    )
+    box = training_box(height, width, size=size, rng=rng, kind=kind, sampling=sampling)
+    if isinstance(image, np.ndarray):
+        crop = _cut(image, box)
+    else:
+        r = _reduction(box, size) if image.reducible else 1
+        top, left = box.top // r, box.left // r
+        crop = _cut(image.pixels(r), Box(top, left, max(box.height // r, 1), box.width // r))
+    if kind.bicubic:
+        return np.clip(resize_bicubic_v1(crop, (size, size)), 0, 255).astype(np.uint8)
+    return resize_bilinear(crop, (size, size)).astype(np.uint8)
+
+
+def evaluation_image(pixels: np.ndarray, *, size: int, kind: Kind) -> np.ndarray:
+    """Crops and resizes an evaluation picture exactly as the official code.
+
+    Args:
+      pixels: [H, W, 3] uint8.
+      size: pixels per side.
+      kind: of preprocessing.
+
+    Returns:
+      [size, size, 3] float32, pixels 0..255 (bicubic overshoots), unrounded, not normalised.
+    """
+    if size < kind.crop_below:
+        height, width = pixels.shape[:2]
+        pixels = _cut(pixels, central_crop(height, width, size=size, round_up=kind.round_up))
+    resize = resize_bicubic_v1 if kind.bicubic else resize_bilinear
+    return resize(pixels, (size, size))
