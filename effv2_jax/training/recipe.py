@@ -2,13 +2,18 @@
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import optax
 
+from effv2_jax.data import policy as policies
+from effv2_jax.data import preprocess
 from effv2_jax.errors import UserError
 from effv2_jax.training import optimizers, progressive, schedules
+
+NO_POLICY = policies.make_policy("none")
 
 # The official learning rates are given for this batch size (official: main.py).
 BASE_BATCH_SIZE = 256
@@ -19,12 +24,24 @@ class Images:
     """What the step does with a batch of images before the network sees them.
 
     Attributes:
-      mean: of the normalisation (x - mean) / std, three values in 0..255.
+      mean: of the normalisation (x - mean) / std, one value per channel, in 0..255.
       std: likewise.
+      flip: mirror left-right with probability 1/2.
+      policy: random operations on uint8 images.
+      cutout: the 'ft' cutout on normalised images.
+      random_erasing: probability per image, on normalised images.
+      use_mixup: whether any stage has a positive alpha; False leaves it out of the program.
+      use_cutmix: likewise.
     """
 
-    mean: tuple[float, float, float] = (128.0, 128.0, 128.0)
-    std: tuple[float, float, float] = (128.0, 128.0, 128.0)
+    mean: tuple[float, ...] = (128.0, 128.0, 128.0)
+    std: tuple[float, ...] = (128.0, 128.0, 128.0)
+    flip: bool = False
+    policy: policies.Policy = NO_POLICY
+    cutout: bool = False
+    random_erasing: float = 0.0
+    use_mixup: bool = False
+    use_cutmix: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,11 +65,14 @@ class Recipe:
     images: Images = Images()
 
 
-def make_recipe(config: Any, *, num_examples: int, num_classes: int) -> Recipe:
+def make_recipe(
+    config: Any, *, stages: Sequence[progressive.Stage], num_examples: int, num_classes: int
+) -> Recipe:
     """Reads a config.
 
     Args:
       config: the complete config.
+      stages: of the run (`progressive.make_stages`).
       num_examples: training examples per epoch.
       num_classes: of the network.
 
@@ -86,6 +106,21 @@ def make_recipe(config: Any, *, num_examples: int, num_classes: int) -> Recipe:
         gradient_clip=train.gradient_clip,
         ema_decay=train.ema_decay,
         freeze=config.init.freeze,
+        images=_make_images(config.data, stages),
+    )
+
+
+def _make_images(data: Any, stages: Sequence[progressive.Stage]) -> Images:
+    kind = preprocess.get_kind(data.preprocessing)
+    return Images(
+        mean=kind.mean,
+        std=kind.std,
+        flip=data.flip,
+        policy=policies.make_policy(data.augment, layers=data.augment_layers),
+        cutout=data.cutout,
+        random_erasing=data.random_erasing,
+        use_mixup=any(stage.mixup_alpha > 0 for stage in stages),
+        use_cutmix=any(stage.cutmix_alpha > 0 for stage in stages),
     )
 
 

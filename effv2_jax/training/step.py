@@ -17,6 +17,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
+from effv2_jax.data import augment
+from effv2_jax.data.mix import mix
+from effv2_jax.models.layers import example_keys
 from effv2_jax.training import optimizers
 from effv2_jax.training.ema import ema_decay, update_ema
 from effv2_jax.training.losses import example_losses
@@ -68,14 +71,14 @@ def stage_knobs(stage: Stage, recipe: Recipe, *, seed: int) -> dict[str, np.ndar
     Args:
       stage: see `progressive.Stage`.
       recipe: of the run.
-      seed: of the run.
+      seed: of the run, any whole number; its lowest 32 bits count.
     """
-    del recipe
     return {
         "seed": np.uint32(seed % 2**32),
         "dropout_rate": np.float32(stage.dropout_rate),
         "mixup_alpha": np.float32(stage.mixup_alpha),
         "cutmix_alpha": np.float32(stage.cutmix_alpha),
+        "augment_table": recipe.images.policy.table(stage.magnitude),
         "schedule_start": np.float32(stage.schedule_start),
         "stage_start_step": np.int32(stage.start_step),
         "schedule_scale": np.float32(stage.schedule_scale),
@@ -99,7 +102,8 @@ def make_train_step(
       normalised, neither flipped nor augmented) and "label" int32 [N] or float32 [N, C]; N is
       global and divisible by the mesh. knobs: see `stage_knobs`. metrics, float32 scalars:
       loss (with L2), xent (without), l2, lr, weight_decay, grad_norm and grad_norm_max before
-      clipping, top1 of the training batch, finite (1 or 0). A step whose loss or gradient is not
+      clipping, top1 of the training batch (the best class has the largest label, however
+      labels are mixed), finite (1 or 0). A step whose loss or gradient is not
       finite leaves everything but `step` and `skipped` as it was.
     """
 
@@ -133,8 +137,9 @@ def make_train_step(
         (xent, (logits, batch_stats)), gradients = jax.value_and_grad(local_loss, has_aux=True)(
             state.params
         )
-        hits = jnp.sum(jnp.argmax(logits, -1) == jnp.argmax(labels, -1)) / global_batch
-        gradients, xent, top1 = jax.lax.psum((gradients, xent, hits), AXIS)
+        best = jnp.argmax(logits, -1, keepdims=True)
+        hits = jnp.take_along_axis(labels, best, -1)[:, 0] >= jnp.max(labels, -1)
+        gradients, xent, hits = jax.lax.psum((gradients, xent, jnp.sum(hits)), AXIS)
 
         schedule_step = knobs["schedule_start"] + knobs["schedule_scale"] * (
             state.step - knobs["stage_start_step"]
@@ -159,7 +164,7 @@ def make_train_step(
             "weight_decay": decay,
             "grad_norm": norms.all,
             "grad_norm_max": norms.largest,
-            "top1": top1,
+            "top1": hits / global_batch,
             "finite": finite,
         }
         return kept.replace(step=state.step + 1, skipped=state.skipped + jnp.where(finite, 0, 1)), {
@@ -178,19 +183,50 @@ def make_train_step(
 def step_keys(seed: jax.typing.ArrayLike, step: jax.Array) -> dict[str, jax.Array]:
     """Returns the random keys of a step, one per purpose: functions of (seed, step) alone."""
     key = jax.random.fold_in(jax.random.key(seed), step)
-    names = ("augment", "erase", "mix", "dropout")
-    return {name: jax.random.fold_in(key, i) for i, name in enumerate(names)}
+    return {name: jax.random.fold_in(key, i) for i, name in enumerate(("images", "mix", "dropout"))}
 
 
 def prepare_images(
     batch: Batch, knobs: Knobs, keys: Mapping[str, jax.Array], recipe: Recipe
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns this device's images float32 [n, S, S, 3], normalised, and labels float32 [n, C]."""
-    del knobs, keys
-    images = batch["image"]
+    """Turns a device's part of a training batch into what the network is trained on.
+
+    The official order: flip, random operations on uint8, normalise, cutout, mix.
+
+    Args:
+      batch: "image" [n, S, S, 3] uint8, or float32 that is already normalised and is only mixed;
+        "label" int32 [n] or float32 [n, C].
+      knobs: see `stage_knobs`.
+      keys: see `step_keys`.
+      recipe: of the run.
+
+    Returns:
+      Images float32 [n, S, S, 3], normalised, and labels float32 [n, C].
+    """
+    images, how = batch["image"], recipe.images
     if images.dtype == jnp.uint8:
+        image_keys = example_keys(keys["images"], images.shape[0], axis_name=AXIS)
+        if how.flip:
+            images = augment.flip(images, image_keys)
+        images = augment.augment(images, image_keys, knobs["augment_table"], how.policy)
         images = normalize(images, recipe)
-    return images, class_labels(batch["label"], recipe.num_classes)
+        if how.cutout:
+            images = augment.finetune_cutout(images, image_keys)
+        if how.random_erasing:
+            images = augment.random_erasing(images, image_keys, how.random_erasing)
+    labels = class_labels(batch["label"], recipe.num_classes)
+    if how.use_mixup or how.use_cutmix:
+        images, labels = mix(
+            images,
+            labels,
+            keys["mix"],
+            mixup_alpha=knobs["mixup_alpha"],
+            cutmix_alpha=knobs["cutmix_alpha"],
+            use_mixup=how.use_mixup,
+            use_cutmix=how.use_cutmix,
+            axis_name=AXIS,
+        )
+    return images, labels
 
 
 def normalize(images: jax.Array, recipe: Recipe) -> jax.Array:
