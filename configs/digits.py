@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
     config.model.survival_prob = 1.0  # so small a network has no block to spare
 
     config.data.source = "digits"
+    config.data.preprocessing = "finetune"  # evaluates the whole picture, not its centre
     config.data.flip = False  # a mirrored digit is another sign
     config.data.crop_area = (0.6, 1.0)
     config.data.crop_aspect = (0.85, 1.18)

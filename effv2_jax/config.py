@@ -6,6 +6,7 @@
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -20,7 +21,10 @@ __all__ = ["base_config", "from_json", "keys", "nearest", "to_json", "validate"]
 
 # Keys that take one of a few words.
 CHOICES: dict[str, tuple[str, ...]] = {
-    "model.activation": ("silu", "relu", "relu6", "hswish", "gelu", "mish"),
+    "model.activation": (
+        *("silu", "swish", "silu_native", "relu", "relu6", "hswish", "gelu", "mish"),
+        *("leaky_relu", "elu", "selu"),
+    ),
     "model.dtype": ("auto", "float32", "bfloat16"),
     "model.lowering": ("auto", "plain", "cpu"),
     "data.source": ("tfds", "folder", "arrays", "digits", "synthetic"),
@@ -86,7 +90,7 @@ _RANGES: dict[str, _Rule] = {
     "data.prefetch": _at_least(1),
     "train.seed": (lambda value: 0 <= value < 2**32, "from 0 to 2**32 - 1"),
     "train.batch_size": _at_least(1),
-    "train.epochs": _at_least(0),
+    "train.epochs": _above(0),
     "train.min_steps": _at_least(0),
     "train.learning_rate": _above(0),
     "train.min_learning_rate": _at_least(0),
@@ -124,15 +128,21 @@ _RANGES: dict[str, _Rule] = {
     "runtime.log_every_steps": _at_least(1),
 }
 
-# Lists with one entry a stage, and the type of an entry.
-STAGE_LISTS: dict[str, type] = {
-    "image_sizes": int,
-    "epochs": float,
-    "magnitudes": float,
-    "mixup_alphas": float,
-    "cutmix_alphas": float,
-    "dropout_rates": float,
-    "batch_sizes": int,
+# Lists with one entry a stage.
+_STAGE_LISTS = (
+    *("image_sizes", "epochs", "magnitudes", "mixup_alphas", "cutmix_alphas", "dropout_rates"),
+    "batch_sizes",
+)
+_STAGE_KEYS = tuple(f"progressive.{name}" for name in _STAGE_LISTS)
+
+# The type of the entries of every list.
+ENTRY_TYPES: dict[str, type] = {
+    "model.blocks": str,
+    "data.crop_area": float,
+    "data.crop_aspect": float,
+    **dict.fromkeys(_STAGE_KEYS, float),
+    "progressive.image_sizes": int,
+    "progressive.batch_sizes": int,
 }
 
 _PATTERNS = ("train.weight_decay_exclude", "init.freeze")
@@ -188,17 +198,27 @@ def _structure(config: ConfigDict) -> Iterator[str]:
             yield f"{key} is missing: start from effv2_jax.config.base_config()"
             continue
         value, kind = found[key], schema[section].get_type(name)
-        allowed = (int, float) if kind is float else (tuple, list) if kind is tuple else (kind,)
         if value is None and default is None:
             continue
-        if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
+        if not _is(value, kind):
             yield f"{key} = {value!r}: expected {_KIND_NAMES[kind]}" + (
                 " or None" if default is None else ""
             )
+        elif kind is tuple and not all(_is(entry, ENTRY_TYPES[key]) for entry in value):
+            yield f"{key} = {value!r}: expected {_KIND_NAMES[ENTRY_TYPES[key]]} in every entry"
+
+
+def _is(value: Any, kind: type) -> bool:
+    """Whether a value has the type of its key; a whole number is a number, True is none."""
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    if kind is float:
+        return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, tuple | list if kind is tuple else kind)
 
 
 _KIND_NAMES = {
-    int: "a whole number", float: "a number", bool: "True or False",
+    int: "a whole number", float: "a finite number", bool: "True or False",
     str: "a text", tuple: "a list such as (1, 2)",
 }  # fmt: skip
 
@@ -217,42 +237,32 @@ def _single_values(values: dict[str, Any]) -> Iterator[str]:
             hint = nearest(values[key], allowed)
             yield f"{key} = {values[key]!r}: expected one of {', '.join(allowed)}{hint}"
     for key, (holds, expected) in _RANGES.items():
-        name = key.split(".")[1]
-        if key.startswith("progressive.") and name in STAGE_LISTS:
-            continue
-        if values[key] is not None and not _holds(holds, values[key]):
+        if values[key] is not None and not holds(values[key]):
             yield f"{key} = {values[key]!r}: expected {expected}"
     for key in _PATTERNS:
         try:
             re.compile(values[key])
         except re.error as error:
             yield f"{key} = {values[key]!r}: not a regular expression: {error}"
+    if values["model.blocks"]:
+        yield from _blocks(values["model.blocks"])
     weights = values["init.weights"]
     if weights and not Path(weights).is_file():
         yield f"init.weights = {weights!r}: no such file"
 
 
-def _holds(rule: Callable[[Any], bool], value: Any) -> bool:
+def _blocks(rows: tuple) -> Iterator[str]:
+    from effv2_jax.models import block_spec  # a parser; imports no JAX
+
     try:
-        return rule(value)
-    except TypeError:  # a list with a text among its numbers
-        return False
+        block_spec.expand_blocks(block_spec.parse_blocks(rows), width=1.0, depth=1.0)
+    except UserError as error:
+        yield f"model.blocks: {error}"
 
 
 def _stage_lists(values: dict[str, Any]) -> Iterator[str]:
     """Explicit lists agree in length with each other and with the number of stages."""
-    given = {name: values[f"progressive.{name}"] for name in STAGE_LISTS}
-    given = {name: entries for name, entries in given.items() if entries}
-    for name, entries in given.items():
-        key, kind = f"progressive.{name}", STAGE_LISTS[name]
-        allowed = (int,) if kind is int else (int, float)
-        if any(isinstance(e, bool) or not isinstance(e, allowed) for e in entries):
-            yield f"{key} = {entries!r}: expected {_KIND_NAMES[kind]} in every entry"
-            continue
-        holds, expected = _RANGES[key]
-        if not holds(entries):
-            yield f"{key} = {entries!r}: expected {expected}"
-    lengths = {f"progressive.{name}": len(entries) for name, entries in given.items()}
+    lengths = {key: len(values[key]) for key in _STAGE_KEYS if values[key]}
     if values["progressive.stages"] is not None:
         lengths["progressive.stages"] = values["progressive.stages"]
     if len(set(lengths.values())) > 1:
@@ -264,15 +274,19 @@ def _conflicts(values: dict[str, Any]) -> Iterator[str]:
     """Values that are possible alone and impossible together."""
     source = values["data.source"]
     if source == "tfds" and not values["data.name"]:
-        yield "data.name = '': the tfds source needs a data set, e.g. imagenette/320px-v2"
+        yield "data.source = 'tfds' needs the data set's name: data.name=imagenette/320px-v2"
     if source in ("folder", "arrays") and not values["data.dir"]:
-        yield f"data.dir = '': the {source} source needs the folder of the images: data.dir=/path"
-    if values["data.eval_fraction"] and values["data.eval_list"]:
-        yield "data.eval_fraction and data.eval_list both choose the evaluation images: set one"
+        yield f"data.source = {source!r} needs the place of the images: data.dir=FOLDER"
+    if bool(values["data.train_list"]) != bool(values["data.eval_list"]):
+        yield "data.train_list, data.eval_list: only one is set; official splits need both lists"
 
-    if values["train.epochs"] == 0 and values["train.min_steps"] == 0:
-        yield "train.epochs = 0 and train.min_steps = 0: nothing to train; set one"
-    if values["train.min_learning_rate"] > values["train.learning_rate"]:
+    epochs = sum(values["progressive.epochs"]) or values["train.epochs"]
+    if values["train.warmup_epochs"] > epochs > 0 and not values["train.min_steps"]:
+        yield (
+            f"train.warmup_epochs = {values['train.warmup_epochs']:g} is longer than the whole run "
+            f"({'progressive' if values['progressive.epochs'] else 'train'}.epochs: {epochs:g})"
+        )
+    if values["train.min_learning_rate"] > values["train.learning_rate"] > 0:
         yield (
             f"train.min_learning_rate = {values['train.min_learning_rate']:g} is above "
             f"train.learning_rate = {values['train.learning_rate']:g}"
@@ -294,7 +308,7 @@ def _conflicts(values: dict[str, Any]) -> Iterator[str]:
     batches += [("progressive.batch_sizes", size) for size in values["progressive.batch_sizes"]]
     for unit in ("runtime.devices", "model.bn_group_size"):
         for key, size in batches:
-            if values[unit] > 0 and isinstance(size, int) and size % values[unit]:
+            if values[unit] > 0 and size % values[unit]:
                 yield f"{key} = {size}: not divisible by {unit} = {values[unit]}"
 
 
