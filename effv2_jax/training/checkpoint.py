@@ -21,7 +21,6 @@ What is added to Orbax here:
 """
 
 import json
-import logging
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -63,8 +62,6 @@ class Checkpoints:
     ) -> None:
         self.folder = Path(folder).absolute()
         self._say = say
-        # Orbax warns of every save that has to wait; the loop decides that, see `busy`.
-        logging.getLogger("absl").setLevel(logging.ERROR)
         self._scores = _Scores(self.folder / "scores.json")
         self._manager = ocp.CheckpointManager(
             self.folder,
@@ -188,7 +185,8 @@ class Checkpoints:
         try:
             self.wait_until_finished()
         except Exception as error:
-            reason = str(error).splitlines()[0][:200]
+            self._manager.reload()  # Orbax has already struck the one it meant to delete after
+            reason = str(error).splitlines()[0]
             self._say(
                 f"checkpoint not written ({reason}); the newest usable one is of step "
                 f"{self.latest_step}"
@@ -282,10 +280,14 @@ def _describe(arrays: Mapping[str, Any], *, checksum: bool = False) -> dict[str,
     }
     if checksum:
         with ThreadPoolExecutor() as pool:  # zlib releases the interpreter lock
-            sums = pool.map(lambda a: zlib.crc32(np.ascontiguousarray(a).data), arrays.values())
+            sums = pool.map(_checksum, arrays.values())
             for name, value in zip(arrays, sums, strict=True):
                 described[name]["crc32"] = value
     return described
+
+
+def _checksum(array: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
 
 
 def _check_layout(

@@ -1,0 +1,272 @@
+"""Our weights file: safetensors, float32, with everything needed to use the weights again.
+
+The tensors are named by their paths ("params/stem/conv/kernel", "batch_stats/stem/norm/mean").
+The header's metadata has one key, `effv2_jax`, a JSON object:
+
+    format           1
+    model            name of the variant
+    overrides        create_model(model, num_classes, **overrides) makes the network
+    num_classes      outputs; 0: pooled features
+    image_size       px, at which the weights are meant to be used
+    preprocessing    {"kind", "mean", "std", "crop", "interpolation"}, or null if unknown
+    labels           names of the classes, or null
+    source           {"framework", "file", "sha256", "weights": "raw" or "ema"}, or null
+    metrics          what was measured with these weights
+    created_with     versions
+
+Any safetensors reader opens the file without this project. Equal weights give equal bytes: there
+is no date in it.
+"""
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from effv2_jax import __version__
+from effv2_jax.atomic import replacing
+from effv2_jax.errors import UserError
+from effv2_jax.models.block_spec import format_block
+from effv2_jax.models.network import EfficientNet, create_model
+from effv2_jax.models.variants import get_variant
+
+FORMAT = 1
+
+_KEY = "effv2_jax"
+_LISTED = 8  # tensors named per kind of problem before "and N more"
+
+# What the caller may say about the weights; the rest of the header follows from the model.
+_TOLD = ("image_size", "preprocessing", "labels", "source", "metrics")
+_DERIVED = ("format", "model", "overrides", "num_classes", "created_with")
+_PREPROCESSING = ("kind", "mean", "std", "crop", "interpolation")
+
+# How a network is computed or trained, not what it is.
+_NOT_SAVED = ("variant", "num_classes", "dtype", "remat", "lowering", "axis_name", "survival_fn",
+              "bn_group_size", "bn_two_pass", "parent", "name")  # fmt: skip
+
+
+def save_weights(
+    path: str | Path,
+    model: EfficientNet,
+    variables: Mapping[str, Any],
+    info: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes the weights file; the one that was there stays until the new one is complete.
+
+    Args:
+        path: the file, by custom "*.safetensors".
+        model: the network, from `create_model`.
+        variables: {"params": ..., "batch_stats": ...} of the model.
+        info: image_size, preprocessing, labels, source, metrics (see above), each optional; what
+            `load_weights` returned is accepted as it is.
+
+    Raises:
+        UserError: the variables are not the model's or not finite, the info is inconsistent, or
+            the file cannot be written; all problems are named.
+    """
+    path = Path(path)
+    tensors = {name: np.asarray(value) for name, value in _flatten(variables)}
+    header = _header(path, model, dict(info or {}))
+    found = {name: ("float32", tensor.shape) for name, tensor in tensors.items()}
+    problems = _compare(found, _expected(model)) + _not_finite(tensors)
+    if problems:
+        raise UserError(f"{path}: not written: {'; '.join(problems)}")
+    tensors = {name: np.ascontiguousarray(t, np.float32) for name, t in tensors.items()}
+    try:
+        with replacing(path) as temporary:
+            safetensors.numpy.save_file(tensors, temporary, {_KEY: json.dumps(header)})
+    except (OSError, safetensors.SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be written: {reason}") from None
+
+
+def load_weights(path: str | Path) -> tuple[EfficientNet, dict[str, Any], dict[str, Any]]:
+    """Reads a weights file.
+
+    Returns:
+        model: the network, computing in float32 (`model.clone(dtype=...)` changes that).
+        variables: {"params": ..., "batch_stats": ...} of float32 jax.Arrays.
+        info: the header, see above: model, num_classes, image_size, preprocessing, labels, ...
+
+    Raises:
+        UserError: no such file, not a whole weights file of ours, or not the weights of the
+            network its header describes; all problems are named.
+    """
+    path = Path(path)
+    info, tensors, found = _read(path)
+    try:
+        model = create_model(info["model"], info["num_classes"], **info["overrides"])
+    except UserError as error:
+        raise UserError(f"{path}: its header describes no known network: {error}") from None
+    problems = _compare(found, _expected(model)) + _not_finite(tensors)
+    if problems:
+        raise UserError(
+            f"{path}: not the weights of {info['model']} as its header says: {'; '.join(problems)}"
+        )
+    variables: dict[str, Any] = {"params": {}, "batch_stats": {}}
+    for name, tensor in tensors.items():
+        *folders, leaf = name.split("/")
+        node = functools.reduce(
+            lambda tree, folder: tree.setdefault(folder, {}), folders, variables
+        )
+        node[leaf] = jnp.asarray(tensor)
+    return model, variables, info
+
+
+def read_info(path: str | Path) -> dict[str, Any]:
+    """Reads only the header of a weights file.
+
+    Raises:
+        UserError: as `load_weights`, as far as the header goes.
+    """
+    path = Path(path)
+    with _opened(path) as file:
+        return _parse_header(path, file.metadata())
+
+
+def _opened(path: Path) -> Any:
+    if not path.is_file():
+        kind = "a folder" if path.is_dir() else "no such file"
+        raise UserError(f"{path}: {kind}; expected a .safetensors weights file")
+    try:
+        return safetensors.safe_open(path, framework="numpy")
+    except safetensors.SafetensorError as error:
+        raise UserError(
+            f"{path}: not a whole safetensors file ({error}); copy, download or convert it again"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, tuple]]:
+    """Returns the header, the tensors that are float32, and (dtype, shape) of all tensors."""
+    tensors, found = {}, {}
+    with _opened(path) as file:
+        info = _parse_header(path, file.metadata())
+        for name in file.keys():  # noqa: SIM118 not a dict
+            part = file.get_slice(name)
+            dtype = {"F32": "float32"}.get(part.get_dtype(), part.get_dtype())
+            found[name] = (dtype, tuple(part.get_shape()))
+            if dtype == "float32":
+                tensors[name] = file.get_tensor(name)
+    return info, tensors, found
+
+
+def _parse_header(path: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    if not metadata or _KEY not in metadata:
+        raise UserError(
+            f"{path}: a safetensors file, but not one of ours: no {_KEY!r} in its header; convert "
+            "weights of other frameworks with tools/convert_*.py"
+        )
+    try:
+        info = json.loads(metadata[_KEY])
+        missing = [key for key in (*_DERIVED, *_TOLD) if key not in info]
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: its header is damaged: {_KEY} is not JSON ({error})") from None
+    if info.get("format") != FORMAT:
+        raise UserError(
+            f"{path}: format {info.get('format')!r}, this version of effv2_jax reads {FORMAT}; "
+            "install the version that wrote it, or a newer one"
+        )
+    if missing:
+        raise UserError(f"{path}: its header lacks {', '.join(missing)}; convert or save it again")
+    return info
+
+
+def _header(path: Path, model: EfficientNet, info: dict[str, Any]) -> dict[str, Any]:
+    problems = [
+        f"info has {key!r}, expected only {', '.join(_TOLD)}"
+        for key in info
+        if key not in (*_TOLD, *_DERIVED)
+    ]
+    labels, preprocessing = info.get("labels"), info.get("preprocessing")
+    if labels is not None and len(labels) != model.num_classes:
+        problems.append(f"{len(labels)} labels for {model.num_classes} classes")
+    if preprocessing is not None and set(preprocessing) != set(_PREPROCESSING):
+        problems.append(
+            f"info['preprocessing'] has {sorted(preprocessing)}, expected {sorted(_PREPROCESSING)}"
+        )
+    if problems:
+        raise UserError(f"{path}: not written: {'; '.join(problems)}")
+    return {
+        "format": FORMAT,
+        "model": model.variant,
+        "overrides": _overrides(model),
+        "num_classes": model.num_classes,
+        "image_size": info.get("image_size") or get_variant(model.variant).eval_size,
+        "preprocessing": preprocessing,
+        "labels": None if labels is None else list(labels),
+        "source": info.get("source"),
+        "metrics": info.get("metrics") or {},
+        "created_with": {
+            "effv2_jax": __version__,
+            **{name: importlib.metadata.version(name) for name in ("jax", "flax")},
+        },
+    }
+
+
+def _overrides(model: EfficientNet) -> dict[str, Any]:
+    """The attributes in which the model differs from its variant, as JSON keeps them."""
+    usual = create_model(model.variant, model.num_classes)
+    overrides = {}
+    for field in dataclasses.fields(model):
+        value = getattr(model, field.name)
+        if field.name in _NOT_SAVED or value == getattr(usual, field.name):
+            continue
+        is_blocks = field.name == "blocks"
+        overrides[field.name] = [format_block(block) for block in value] if is_blocks else value
+    return overrides
+
+
+def _flatten(variables: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    leaves, _ = jax.tree.flatten_with_path(variables)
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
+
+
+def _expected(model: EfficientNet) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """(dtype, shape) of every variable of the model, by path."""
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+    return {name: ("float32", leaf.shape) for name, leaf in _flatten(shapes)}
+
+
+def _compare(
+    found: Mapping[str, tuple[str, tuple]], expected: Mapping[str, tuple[str, tuple]]
+) -> list[str]:
+    missing = [name for name in expected if name not in found]
+    unexpected = [name for name in found if name not in expected]
+    different = [
+        f"{name} is {_text(found[name])}, expected {_text(expected[name])}"
+        for name in expected
+        if name in found and found[name] != expected[name]
+    ]
+    kinds = (("missing", missing), ("unexpected", unexpected), ("different", different))
+    return [_list(kind, names) for kind, names in kinds if names]
+
+
+def _not_finite(tensors: Mapping[str, np.ndarray]) -> list[str]:
+    names = [
+        f"{name} ({np.count_nonzero(~np.isfinite(tensor))} of {tensor.size} values)"
+        for name, tensor in tensors.items()
+        if not np.isfinite(tensor).all()
+    ]
+    return [_list("not finite", names)] if names else []
+
+
+def _text(entry: tuple[str, tuple]) -> str:
+    dtype, shape = entry
+    return f"{dtype}{list(shape)}"
+
+
+def _list(kind: str, names: Sequence[str]) -> str:
+    more = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return f"{len(names)} {kind}: {', '.join(names[:_LISTED])}{more}"
