@@ -62,10 +62,12 @@ class Programs:
         """How many programs were compiled (or read from the compilation cache) so far."""
         return self._compilations
 
-    @property
-    def compiling(self) -> bool:
-        """Whether a program is being made or waits to be made in the background."""
-        return any(not future.done() for future in self._futures.values())
+    def finished(self, name: str) -> Program | None:
+        """Returns the program if it exists by now; does not wait."""
+        future = self._futures.get(name)
+        if future is None or not future.done() or future.cancelled() or future.exception():
+            return None
+        return future.result()
 
     def prepare(self, name: str, lower: Callable[[], jax.stages.Lowered]) -> None:
         """Starts compiling in the background, unless the program exists or is under way."""
@@ -148,6 +150,10 @@ class StepPrograms:
         return self._programs.get(
             _name(image_size, batch_size), self._lower(image_size, batch_size)
         )
+
+    def finished(self, image_size: int, batch_size: int) -> Program | None:
+        """Returns the program if it exists by now; does not wait."""
+        return self._programs.finished(_name(image_size, batch_size))
 
     def _lower(self, image_size: int, batch_size: int) -> Callable[[], jax.stages.Lowered]:
         return lambda: self._jitted.lower(

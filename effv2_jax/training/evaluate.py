@@ -6,14 +6,14 @@ images in one pass.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from effv2_jax.data import loader
+from effv2_jax.data.device import DevicePrefetch, to_device
 from effv2_jax.training import mesh as meshes
 from effv2_jax.training.compile import Program, Programs
 
@@ -58,20 +58,13 @@ class Evaluator:
     def _name(self) -> str:
         return f"evaluation, {self.image_size} px, batch {self.batch_size}"
 
-    def prepare(self, variables: Any, labels: jax.ShapeDtypeStruct) -> None:
+    def prepare(self, variables: Any, batch: Any) -> None:
         """Starts compiling in the background.
 
         Args:
-            variables: shapes of what will be evaluated.
-            labels: shape (without the leading axis) and dtype of one example's label.
+            variables: shapes and shardings of what will be evaluated.
+            batch: shapes and shardings of a batch of `batch_size`.
         """
-        sharding = meshes.batch_sharding(self._mesh)
-        n, size = self.batch_size, self.image_size
-        batch = {
-            "image": jax.ShapeDtypeStruct((n, size, size, 3), np.float32, sharding=sharding),
-            "label": jax.ShapeDtypeStruct((n, *labels.shape), labels.dtype, sharding=sharding),
-            "mask": jax.ShapeDtypeStruct((n,), np.float32, sharding=sharding),
-        }
         self._programs.prepare(self._name, lambda: self._jitted.lower(variables, batch))
 
     def __call__(
@@ -98,27 +91,28 @@ class Evaluator:
                 for name in totals[prefix]:
                     totals[prefix][name] += float(values[name])
 
-        for batch in self._batches():
-            if stop():
-                return None
-            program = self._program(weights, batch)
-            waiting.append({prefix: program.run(v, batch) for prefix, v in weights.items()})
-            if len(waiting) > _IN_FLIGHT:
-                fetch(waiting.pop(0))
+        with self._batches() as batches:
+            for batch in batches:
+                if stop():
+                    return None
+                program = self._program(weights, batch)
+                waiting.append({prefix: program.run(v, batch) for prefix, v in weights.items()})
+                if len(waiting) > _IN_FLIGHT:
+                    fetch(waiting.pop(0))
         for sums in waiting:
             fetch(sums)
         return self._means(totals)
 
-    def _batches(self) -> Iterator[dict[str, jax.Array]]:
-        for batch in loader.eval_batches(
+    def _batches(self) -> DevicePrefetch:
+        batches = loader.eval_batches(
             self._source,
             self._data_config,
             image_size=self.image_size,
             batch_size=self.batch_size,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
-        ):
-            yield meshes.put_batch(batch, self._mesh)
+        )
+        return to_device(batches, meshes.batch_sharding(self._mesh))
 
     def _program(self, weights: Mapping[str, Any], batch: dict[str, jax.Array]) -> Program:
         variables = next(iter(weights.values()))

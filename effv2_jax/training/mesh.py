@@ -5,8 +5,6 @@ knobs) is held by every device. `jax.jit` over a `Mesh` with named shardings, no
 deprecated and hides the layout.
 """
 
-from collections.abc import Mapping
-
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -73,28 +71,6 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of arrays whose leading axis is the example: each device holds its own rows."""
     return NamedSharding(mesh, PartitionSpec(AXIS))
-
-
-def local_batch_size(batch_size: int) -> int:
-    """Returns how many examples of a global batch this process reads."""
-    return batch_size // jax.process_count()
-
-
-def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Places this process's rows of a global batch on its devices.
-
-    Args:
-      batch: name -> array [local examples, ...].
-      mesh: see `make_mesh`.
-
-    Returns:
-      name -> array [global examples, ...], split over the mesh.
-    """
-    sharding = batch_sharding(mesh)
-    return {
-        name: jax.make_array_from_process_local_data(sharding, value)
-        for name, value in batch.items()
-    }
 
 
 def put_replicated(tree: object, mesh: Mesh) -> object:

@@ -1,6 +1,7 @@
 """The plan of a run, as its first lines print it and as plan.json keeps it."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,28 @@ class StageMemory:
 
     bytes: int | None
     estimated: bool
+
+
+def evaluation_steps(
+    stages: Sequence[Stage], *, num_examples: int, every_epochs: float
+) -> frozenset[int]:
+    """Returns after which steps to evaluate: every so many epochs, and at each stage's end.
+
+    Args:
+        stages: of the run.
+        num_examples: training examples in an epoch.
+        every_epochs: 0: at the ends of the stages only.
+    """
+    steps = {stage.end_step for stage in stages}
+    for stage in stages:
+        if every_epochs <= 0:
+            break
+        every = every_epochs * num_examples  # examples between two evaluations
+        last = stage.first_example + stage.steps * stage.batch_size
+        for count in range(int(stage.first_example // every) + 1, int(last // every) + 1):
+            after = math.ceil((count * every - stage.first_example) / stage.batch_size)
+            steps.add(stage.start_step + max(1, after))
+    return frozenset(steps)
 
 
 def stage_memory(

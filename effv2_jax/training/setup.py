@@ -1,0 +1,182 @@
+"""The parts of a run, made from its config: what is needed before the first step, and all checks.
+
+Nothing here writes a file or compiles: whatever is wrong with config, data or devices is said
+before the workdir is touched.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from effv2_jax.data.sources import Source, open_source
+from effv2_jax.errors import UserError
+from effv2_jax.models.network import create_model, init_variables
+from effv2_jax.models.variants import get_variant
+from effv2_jax.training import mesh as meshes
+from effv2_jax.training.progressive import Stage, make_stages, resolve_image_size
+from effv2_jax.training.recipe import Recipe, make_recipe
+from effv2_jax.training.step import TrainState, create_state
+
+_MODEL_OVERRIDES = (
+    "width",
+    "depth",
+    "blocks",
+    "activation",
+    "survival_prob",
+    "remat",
+    "bn_momentum",
+    "bn_epsilon",
+    "bn_group_size",
+    "head_bias",
+    "lowering",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup:
+    """The parts of a run.
+
+    Attributes:
+        config: complete and validated.
+        mesh: the devices.
+        train_source: training examples.
+        eval_source: evaluation examples.
+        model: the network, as it is saved.
+        recipe: how to train.
+        stages: the plan.
+        eval_size: px.
+        eval_batch_size: global.
+    """
+
+    config: ConfigDict
+    mesh: Mesh
+    train_source: Source
+    eval_source: Source
+    model: nn.Module
+    recipe: Recipe
+    stages: tuple[Stage, ...]
+    eval_size: int
+    eval_batch_size: int
+
+    @property
+    def num_examples(self) -> int:
+        """Training examples in an epoch."""
+        return len(self.train_source)
+
+    @property
+    def mesh_model(self) -> nn.Module:
+        """The network as the steps use it: BatchNorm and noise know the mesh axis."""
+        return self.model.clone(axis_name=meshes.AXIS)
+
+    def train_batch(self, image_size: int, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns the shapes of a training batch, split over the mesh."""
+        return self._batch(batch_size, (image_size, image_size, 3), np.uint8)
+
+    def eval_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns the shapes of an evaluation batch, split over the mesh."""
+        batch = self._batch(batch_size, (self.eval_size, self.eval_size, 3), np.float32)
+        sharding = meshes.batch_sharding(self.mesh)
+        return {**batch, "mask": jax.ShapeDtypeStruct((batch_size,), np.float32, sharding=sharding)}
+
+    def _batch(
+        self, size: int, image: tuple[int, int, int], dtype: Any
+    ) -> dict[str, jax.ShapeDtypeStruct]:
+        label = (
+            ((self.recipe.num_classes,), np.float32) if self.recipe.multilabel else ((), np.int32)
+        )
+        sharding = meshes.batch_sharding(self.mesh)
+        return {
+            "image": jax.ShapeDtypeStruct((size, *image), dtype, sharding=sharding),
+            "label": jax.ShapeDtypeStruct(label_shape, label_dtype, sharding=sharding),
+        }
+
+
+def prepare(config: ConfigDict) -> Setup:
+    """Opens the data and makes the parts of a run; writes nothing.
+
+    Args:
+        config: validated by `effv2_jax.config.validate`.
+
+    Raises:
+        UserError: the data, the devices and the config do not fit together.
+    """
+    mesh = meshes.make_mesh(config.runtime.devices)
+    variant = get_variant(config.model.name)
+    for key, size in _batch_sizes(config):
+        meshes.check_batch(key, size, mesh)
+    train_source = open_source(config.data, "train")
+    eval_source = open_source(config.data, "eval")
+    num_classes = _num_classes(config, train_source, eval_source)
+    overrides = {key: config.model[key] for key in _MODEL_OVERRIDES}
+    return Setup(
+        config=config,
+        mesh=mesh,
+        train_source=train_source,
+        eval_source=eval_source,
+        model=create_model(
+            config.model.name, num_classes, dtype=_compute_dtype(config.model.dtype), **overrides
+        ),
+        recipe=make_recipe(config, num_examples=len(train_source), num_classes=num_classes),
+        stages=make_stages(config, variant=variant, num_examples=len(train_source)),
+        eval_size=resolve_image_size(
+            config.eval.image_size, variant.eval_size, key="eval.image_size"
+        ),
+        eval_batch_size=config.eval.batch_size or config.train.batch_size,
+    )
+
+
+def state_shapes(setup: Setup) -> TrainState:
+    """Returns the state's shapes, dtypes and shardings, without computing anything."""
+    size = setup.stages[0].image_size
+    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    variables = jax.eval_shape(setup.model.init, jax.random.key(0), images)
+    shapes = jax.eval_shape(functools.partial(create_state, setup.recipe), variables)
+    sharding = meshes.replicated(setup.mesh)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes
+    )
+
+
+def initial_state(setup: Setup) -> TrainState:
+    """Returns the state before the first step, on the devices of the mesh."""
+    variables = init_variables(setup.model, setup.config.train.seed, setup.stages[0].image_size)
+    create = jax.jit(
+        functools.partial(create_state, setup.recipe), out_shardings=meshes.replicated(setup.mesh)
+    )
+    return create(jax.tree.map(np.asarray, variables))
+
+
+def parameter_count(variables: Any) -> int:
+    """Returns the number of trainable values in a tree of parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(variables))
+
+
+def _batch_sizes(config: ConfigDict) -> list[tuple[str, int]]:
+    listed = [("progressive.batch_sizes", size) for size in config.progressive.batch_sizes]
+    return listed or [("train.batch_size", config.train.batch_size)]
+
+
+def _compute_dtype(name: str) -> Any:
+    if name == "auto":
+        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return jnp.dtype(name).type
+
+
+def _num_classes(config: ConfigDict, train: Source, evaluation: Source) -> int:
+    found = max(train.num_classes, evaluation.num_classes)
+    asked = config.model.num_classes
+    if asked is None:
+        return found
+    if asked < found:
+        raise UserError(
+            f"model.num_classes = {asked}: the data set has {found} classes: leave it out to take "
+            f"those, or set {found} or more"
+        )
+    return asked
