@@ -88,9 +88,9 @@ class Setup:
     def _batch(
         self, size: int, image: tuple[int, int, int], dtype: Any
     ) -> dict[str, jax.ShapeDtypeStruct]:
-        label = (
-            ((self.recipe.num_classes,), np.float32) if self.recipe.multilabel else ((), np.int32)
-        )
+        multilabel = self.recipe.multilabel
+        label_shape = (size, self.recipe.num_classes) if multilabel else (size,)
+        label_dtype = np.float32 if multilabel else np.int32
         sharding = meshes.batch_sharding(self.mesh)
         return {
             "image": jax.ShapeDtypeStruct((size, *image), dtype, sharding=sharding),
@@ -115,6 +115,8 @@ def prepare(config: ConfigDict) -> Setup:
     eval_source = open_source(config.data, "eval")
     num_classes = _num_classes(config, train_source, eval_source)
     overrides = {key: config.model[key] for key in _MODEL_OVERRIDES}
+    num_examples = len(train_source)
+    stages = make_stages(config, variant=variant, num_examples=num_examples)
     return Setup(
         config=config,
         mesh=mesh,
@@ -123,8 +125,10 @@ def prepare(config: ConfigDict) -> Setup:
         model=create_model(
             config.model.name, num_classes, dtype=_compute_dtype(config.model.dtype), **overrides
         ),
-        recipe=make_recipe(config, num_examples=len(train_source), num_classes=num_classes),
-        stages=make_stages(config, variant=variant, num_examples=len(train_source)),
+        recipe=make_recipe(
+            config, stages=stages, num_examples=num_examples, num_classes=num_classes
+        ),
+        stages=stages,
         eval_size=resolve_image_size(
             config.eval.image_size, variant.eval_size, key="eval.image_size"
         ),
@@ -153,9 +157,68 @@ def initial_state(setup: Setup) -> TrainState:
     return create(jax.tree.map(np.asarray, variables))
 
 
-def parameter_count(variables: Any) -> int:
-    """Returns the number of trainable values in a tree of parameters."""
-    return sum(leaf.size for leaf in jax.tree.leaves(variables))
+def shapes_of(tree: Any) -> Any:
+    """Returns the shapes, dtypes and shardings of a pytree of jax arrays."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree
+    )
+
+
+def evaluated_variables(config: ConfigDict, state: TrainState) -> dict[str, Any]:
+    """Returns which variables are evaluated: prefix of the metrics' names -> variables."""
+    weights = {}
+    if config.eval.raw:
+        weights[""] = {"params": state.params, "batch_stats": state.batch_stats}
+    if config.eval.ema and config.train.ema_decay:
+        weights["ema_"] = state.ema
+    return weights
+
+
+def nonfinite_leaf(state: TrainState) -> str | None:
+    """Returns the path of a leaf with a value that is not finite, or None."""
+    for path, leaf in jax.tree.leaves_with_path(state):
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            continue
+        values = np.asarray(leaf.addressable_data(0))
+        # The sum is ten times faster; it overflows for finite values only if they are absurd.
+        if not np.isfinite(np.sum(values)) and not np.isfinite(values).all():
+            return jax.tree_util.keystr(path, simple=True, separator="/")
+    return None
+
+
+def facts(setup: Setup, state: TrainState) -> dict[str, Any]:
+    """Returns what plan.json says of the run beside its stages."""
+    return {
+        "model": setup.config.model.name,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "num_classes": setup.recipe.num_classes,
+        "dtype": jnp.dtype(setup.model.dtype).name,
+        "devices": setup.mesh.size,
+        "platform": setup.mesh.devices.flat[0].device_kind,
+        "processes": jax.process_count(),
+        "train_examples": len(setup.train_source),
+        "eval_examples": len(setup.eval_source),
+        "eval_size": setup.eval_size,
+        "eval_batch_size": setup.eval_batch_size,
+        "steps": setup.stages[-1].end_step,
+    }
+
+
+def describe(setup: Setup, state: TrainState) -> list[str]:
+    """Returns the lines that say what runs: network, data, devices."""
+    known = facts(setup, state)
+    devices = f"{known['devices']} x {known['platform']}"
+    if known["processes"] > 1:
+        devices += f" in {known['processes']} processes"
+    data = setup.config.data
+    return [
+        f"model: {known['model']}, {known['parameters']:,} parameters, {known['num_classes']} "
+        f"classes, {known['dtype']}",
+        f"data: {data.source}{' ' + data.name if data.name else ''}, {known['train_examples']:,} "
+        f"training and {known['eval_examples']:,} evaluation examples, evaluated at "
+        f"{known['eval_size']} px",
+        f"devices: {devices}",
+    ]
 
 
 def _batch_sizes(config: ConfigDict) -> list[tuple[str, int]]:
