@@ -72,7 +72,7 @@ class Checkpoints:
                 enable_async_checkpointing=True,
             ),
             item_handlers={
-                "state": ocp.PyTreeCheckpointHandler(),
+                "state": ocp.PyTreeCheckpointHandler(use_compression=False),
                 "layout": ocp.JsonCheckpointHandler(),
             },
         )

@@ -24,7 +24,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from effv2_jax.atomic import write_json
 from effv2_jax.config import base_config
@@ -100,14 +100,19 @@ def open_workdir(
         UserError: another run uses the folder, or it belongs to a run with another config, or it
             cannot be written.
     """
+    if "://" in str(path):
+        raise UserError(f"--workdir {path}: expected a local or mounted folder, found an address")
     folder = Path(path).absolute()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--workdir {path}: cannot be made: {error.strerror}") from None
     with contextlib.ExitStack() as stack:
-        if _is_writer():
-            stack.enter_context(_lock(folder / "LOCK"))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if _is_writer():
+                stack.enter_context(_lock(folder / "LOCK", say))
+        except OSError as error:
+            raise UserError(
+                f"--workdir {path}: cannot be used: {error.strerror or error}; give a folder that "
+                "can be written"
+            ) from None
         resuming = _check_config(folder / "config.json", plain(config), say)
         if _is_writer():
             write_json(folder / "config.json", plain(config))
@@ -119,11 +124,23 @@ def plain(config: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(config.to_dict() if hasattr(config, "to_dict") else dict(config)))
 
 
+# The lock belongs to the open file, which forked children share: a loader process that outlives its
+# killed run would hold the folder. So children close their copy.
+_held: set[IO[str]] = set()
+
+
+def _close_held() -> None:
+    for file in _held:
+        file.close()
+
+
+os.register_at_fork(after_in_child=_close_held)
+
+
 @contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def _lock(path: Path, say: Callable[[str], None]) -> Iterator[None]:
     """Holds the lock of the file; the system frees it when the process ends, however it ends."""
-    file = open(path, "a+")  # noqa: SIM115 closed below; the lock lives as long as the file
-    try:
+    with open(path, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -133,14 +150,21 @@ def _lock(path: Path) -> Iterator[None]:
                 f"--workdir {path.parent}: in use by {holder}; wait for it, stop it, or give "
                 "another --workdir"
             ) from None
-        file.truncate(0)
-        now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-        file.write(f"pid {os.getpid()} on {socket.gethostname()}, started {now}\n")
-        file.flush()
-        yield
-        file.truncate(0)
-    finally:
-        file.close()
+        except OSError as error:  # some network file systems have no locks
+            say(
+                f"{path.parent} cannot be locked ({error.strerror}): nothing stops a second run "
+                "on it"
+            )
+        _held.add(file)
+        try:
+            file.truncate(0)
+            now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+            file.write(f"pid {os.getpid()} on {socket.gethostname()}, started {now}\n")
+            file.flush()
+            yield
+            file.truncate(0)
+        finally:
+            _held.discard(file)
 
 
 def _check_config(path: Path, config: dict[str, Any], say: Callable[[str], None]) -> bool:
