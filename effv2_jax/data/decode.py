@@ -18,10 +18,12 @@ import warnings
 import numpy as np
 from PIL import Image
 
+from effv2_jax.data import decode_fast
 from effv2_jax.errors import UserError
 
 DECODERS = ("pillow", "pillow_draft", "simplejpeg")
 
+_JPEG = ("JPEG", "MPO")  # MPO: a JPEG with further pictures behind it, as some cameras write
 _EXIF_ORIENTATION = 0x0112
 _SWAPPED = (5, 6, 7, 8)  # orientations stored with width and height exchanged
 _FLIPPED_AXES = {2: (1,), 3: (0, 1), 4: (0,), 6: (1,), 7: (0, 1), 8: (0,)}  # after the exchange
@@ -112,7 +114,7 @@ class EncodedImage:
     @property
     def reducible(self) -> bool:
         """Whether `pixels(reduction)` can decode at a fraction of the size (JPEG only)."""
-        return self._decoder == "pillow_draft" and self._image.format in ("JPEG", "MPO")
+        return self._decoder == "pillow_draft" and self._image.format in _JPEG
 
     def pixels(self, reduction: int = 1) -> np.ndarray:
         """Decodes.
@@ -128,12 +130,10 @@ class EncodedImage:
           CorruptImageError: the data are damaged or end early.
         """
         try:
-            if self._decoder == "simplejpeg" and self._image.format == "JPEG":
-                from effv2_jax.data import decode_fast
-
-                stored = decode_fast.decode_jpeg(self._data, mode=self._image.mode)
-                if stored is not None:
-                    return apply_orientation(stored, self._orientation)
+            # CMYK needs a conversion that only Pillow has.
+            plain_jpeg = self._image.format in _JPEG and self._image.mode in ("RGB", "L")
+            if self._decoder == "simplejpeg" and plain_jpeg:
+                return apply_orientation(decode_fast.decode_jpeg(self._data), self._orientation)
             if reduction > 1:
                 width, height = self._image.size
                 self._image.draft("RGB", (-(-width // reduction), -(-height // reduction)))

@@ -5,13 +5,8 @@ random numbers made of (seed, p). A stage takes `batch_size` positions per step 
 `first_example` on; a host takes its slice of every batch. So the batch of step n is a function of
 (seed, n, config): workers, threads, hosts and restarts do not change it, and any step is reached
 at once.
-
-Work is handed out in chunks of a batch, not in examples: a queue between processes is slow per
-message, and a batch of 4,096 pictures is too much for one worker to make alone.
 """
 
-import bisect
-import dataclasses
 import logging
 import math
 import os
@@ -20,235 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from effv2_jax.data.decode import CorruptImageError, EncodedImage, as_rgb
+from effv2_jax.data.chunks import CHUNK, EvalChunks, Options, TrainChunks
 from effv2_jax.data.device import to_device
-from effv2_jax.data.order import example_indices, position_generator
-from effv2_jax.data.preprocess import (
-    CropSampling,
-    evaluation_image,
-    get_kind,
-    training_image,
-)
-from effv2_jax.data.sources import Example, Source
+from effv2_jax.data.sources import Source
 from effv2_jax.errors import UserError
 
 __all__ = ["Batches", "default_workers", "eval_batches", "to_device", "train_batches"]
 
 Batch = dict[str, np.ndarray]
 
-_CHUNK = 32  # examples a worker makes at a time
-_SUBSTITUTES = 20  # broken pictures in a row before the data set is called broken
+_CHUNKS_IN_FLIGHT = 5  # per worker: in its queue, being made, being read
 _EVAL_WORKERS_FROM = 20_000  # pictures; fewer are read before new processes have started
-
-
-@dataclasses.dataclass(frozen=True)
-class _Options:
-    """What the workers need to know of the section `data` of a config."""
-
-    kind: str
-    sampling: CropSampling | None
-    decoder: str
-    skip_corrupt: bool
-    multilabel: bool
-
-    @classmethod
-    def from_config(cls, data_config: Any) -> "_Options":
-        sampling = CropSampling(
-            area=tuple(data_config.crop_area),
-            aspect=tuple(data_config.crop_aspect),
-            attempts=data_config.crop_attempts,
-        )
-        return cls(
-            kind=get_kind(data_config.preprocessing).name,
-            sampling=None if data_config.crop == "none" else sampling,
-            decoder=data_config.decoder,
-            skip_corrupt=data_config.on_corrupt == "skip",
-            multilabel=bool(data_config.multilabel),
-        )
-
-
-def _open_image(example: Example, decoder: str) -> EncodedImage | np.ndarray:
-    if isinstance(example.image, np.ndarray):
-        return as_rgb(example.image, name=example.name)
-    return EncodedImage(example.image, name=example.name, decoder=decoder)
-
-
-def _empty_labels(count: int, source: Source, multilabel: bool) -> np.ndarray:
-    if multilabel:
-        return np.zeros((count, source.num_classes), np.float32)
-    return np.zeros((count,), np.int32)
-
-
-def _set_label(labels: np.ndarray, row: int, label: int | np.ndarray) -> None:
-    if labels.ndim == 2 and np.ndim(label) == 0:
-        labels[row, label] = 1
-    else:
-        labels[row] = label
-
-
-@dataclasses.dataclass(frozen=True)
-class _Chunk:
-    """A piece of one host's part of a batch: `count` examples from stream position `first`."""
-
-    first: int
-    count: int
-    image_size: int
-
-
-class _TrainWork:
-    """Makes the chunks of the training stream; picklable, runs in threads or processes."""
-
-    def __init__(
-        self,
-        source: Source,
-        stages: Sequence[Any],
-        options: _Options,
-        *,
-        seed: int,
-        start_step: int,
-        stop_step: int,
-        process_index: int,
-        process_count: int,
-    ) -> None:
-        self._source, self._options, self._seed = source, options, seed
-        self._stages = []  # (first step, first position, batch, local batch, size)
-        self._first_chunks = []  # number of the first chunk of each stage
-        self._host = process_index
-        chunks = 0
-        for stage in stages:
-            begin, end = max(stage.start_step, start_step), min(stage.end_step, stop_step)
-            if begin >= end:
-                continue
-            if stage.batch_size % process_count:
-                raise UserError(
-                    f"train.batch_size: found {stage.batch_size} in stage {stage.index}, expected "
-                    f"a multiple of the {process_count} hosts"
-                )
-            first = stage.first_example + (begin - stage.start_step) * stage.batch_size
-            local = stage.batch_size // process_count
-            self._first_chunks.append(chunks)
-            self._stages.append((begin, end, first, stage.batch_size, local, stage.image_size))
-            chunks += (end - begin) * math.ceil(local / _CHUNK)
-        self.num_chunks = chunks
-
-    def steps(self) -> Iterator[tuple[int, int]]:
-        """(local batch, image size) of every step in order."""
-        for begin, end, _, _, local, size in self._stages:
-            for _ in range(begin, end):
-                yield local, size
-
-    def _locate(self, number: int) -> _Chunk:
-        stage = bisect.bisect_right(self._first_chunks, number) - 1
-        _, _, first, batch, local, size = self._stages[stage]
-        step, part = divmod(number - self._first_chunks[stage], math.ceil(local / _CHUNK))
-        offset = part * _CHUNK
-        position = first + step * batch + self._host * local + offset
-        return _Chunk(position, min(_CHUNK, local - offset), size)
-
-    def __call__(self, number: int) -> dict[str, Any]:
-        try:
-            return self._make(self._locate(int(number)))
-        except UserError as error:
-            # Sent as data: exceptions lose their type on the way through some queues.
-            return {"error": str(error)}
-
-    def _make(self, chunk: _Chunk) -> dict[str, Any]:
-        positions = np.arange(chunk.first, chunk.first + chunk.count)
-        indices = example_indices(positions, len(self._source), seed=self._seed)
-        size = chunk.image_size
-        images = np.empty((chunk.count, size, size, 3), np.uint8)
-        labels = _empty_labels(chunk.count, self._source, self._options.multilabel)
-        skipped: list[str] = []
-        for row, (position, index) in enumerate(zip(positions, indices, strict=True)):
-            rng = position_generator(int(position), seed=self._seed)
-            example, images[row] = self._example(int(index), size, rng, skipped)
-            _set_label(labels, row, example.label)
-        return {"image": images, "label": labels, "skipped": skipped}
-
-    def _example(
-        self, index: int, size: int, rng: np.random.Generator, skipped: list[str]
-    ) -> tuple[Example, np.ndarray]:
-        kind = get_kind(self._options.kind)
-        for _ in range(_SUBSTITUTES):
-            try:
-                example = self._source[index]
-                image = training_image(
-                    _open_image(example, self._options.decoder),
-                    size=size,
-                    rng=rng,
-                    kind=kind,
-                    sampling=self._options.sampling,
-                )
-                return example, image
-            except CorruptImageError as error:
-                if not self._options.skip_corrupt:
-                    raise
-                skipped.append(str(error))
-                # The position's own random numbers choose the substitute: the same every time.
-                index = int(rng.integers(len(self._source)))
-        raise UserError(f"found {_SUBSTITUTES} broken pictures in a row, the last: {skipped[-1]}")
-
-
-class _EvalWork:
-    """Makes the chunks of an evaluation: every example once, in order, the rest masked."""
-
-    def __init__(
-        self,
-        source: Source,
-        options: _Options,
-        *,
-        image_size: int,
-        batch_size: int,
-        process_index: int,
-        process_count: int,
-    ) -> None:
-        if batch_size % process_count:
-            raise UserError(
-                f"eval.batch_size: found {batch_size}, expected a multiple of the "
-                f"{process_count} hosts"
-            )
-        self._source, self._options, self._size = source, options, image_size
-        self._batch, self._local = batch_size, batch_size // process_count
-        self._host = process_index
-        self._per_batch = math.ceil(self._local / _CHUNK)
-        # All hosts run the same number of batches, or the last all-reduce would wait for ever.
-        self._batches = math.ceil(len(source) / batch_size)
-        self.num_chunks = self._batches * self._per_batch
-
-    def steps(self) -> Iterator[tuple[int, int]]:
-        """(local batch, image size) of every batch in order."""
-        for _ in range(self._batches):
-            yield self._local, self._size
-
-    def __call__(self, number: int) -> dict[str, Any]:
-        batch, part = divmod(int(number), self._per_batch)
-        offset = part * _CHUNK
-        first = batch * self._batch + self._host * self._local + offset
-        try:
-            return self._make(first, min(_CHUNK, self._local - offset))
-        except UserError as error:
-            return {"error": str(error)}  # as in training
-
-    def _make(self, first: int, count: int) -> dict[str, Any]:
-        kind = get_kind(self._options.kind)
-        images = np.zeros((count, self._size, self._size, 3), np.float32)
-        labels = _empty_labels(count, self._source, self._options.multilabel)
-        mask = np.zeros((count,), np.float32)
-        skipped: list[str] = []
-        for row in range(min(count, max(len(self._source) - first, 0))):
-            try:
-                example = self._source[first + row]
-                image = _open_image(example, self._options.decoder)
-                pixels = image if isinstance(image, np.ndarray) else image.pixels()
-                images[row] = evaluation_image(pixels, size=self._size, kind=kind)
-            except CorruptImageError as error:
-                if not self._options.skip_corrupt:
-                    raise
-                skipped.append(str(error))
-                continue
-            _set_label(labels, row, example.label)
-            mask[row] = 1
-        return {"image": images, "label": labels, "mask": mask, "skipped": skipped}
 
 
 class Batches(Iterator[Batch]):
@@ -259,7 +36,7 @@ class Batches(Iterator[Batch]):
       num_skipped: how often a broken picture was replaced or left out.
     """
 
-    def __init__(self, work: _TrainWork | _EvalWork, *, workers: int, threads: int) -> None:
+    def __init__(self, work: TrainChunks | EvalChunks, *, workers: int, threads: int) -> None:
         """Starts nothing yet; the first `next` does.
 
         Args:
@@ -267,17 +44,19 @@ class Batches(Iterator[Batch]):
           workers: processes; 0: threads of this process.
           threads: per process; 0: everything happens in `next`.
         """
+        if workers:
+            workers = _fitting_workers(workers, chunk_bytes=work.chunk_bytes)
         self._work, self._workers, self._threads = work, workers, threads
-        self._steps = work.steps()
+        self._steps = work.local_batches()
         self._chunks: Iterator[dict[str, Any]] | None = None
         self.skipped: list[str] = []
         self.num_skipped = 0
 
     def __next__(self) -> Batch:
-        local, _ = next(self._steps)
+        local = next(self._steps)
         if self._chunks is None:
             self._chunks = self._start()
-        chunks = [self._chunk() for _ in range(math.ceil(local / _CHUNK))]
+        chunks = [self._chunk() for _ in range(math.ceil(local / CHUNK))]
         keys = [key for key in chunks[0] if key != "skipped"]
         # Always copied: what comes from a worker lies in its shared memory.
         return {key: np.concatenate([chunk[key] for chunk in chunks]) for key in keys}
@@ -347,6 +126,35 @@ def default_workers(source: Source, *, cores: int | None = None) -> int:
     return 0 if source.in_memory or cores <= 4 else min(cores - 2, 16)
 
 
+def _fitting_workers(workers: int, *, chunk_bytes: int, free_bytes: int | None = None) -> int:
+    """So many of the wanted workers as shared memory can carry.
+
+    Chunks travel through /dev/shm, which has 64 MB in a container by default; a worker that finds
+    it full dies of a bus error.
+
+    Args:
+      workers: wanted.
+      chunk_bytes: size of the largest chunk.
+      free_bytes: of shared memory; None: asked of the system.
+    """
+    if free_bytes is None:
+        if not os.path.isdir("/dev/shm"):
+            return workers
+        stat = os.statvfs("/dev/shm")
+        free_bytes = stat.f_bavail * stat.f_frsize
+    fitting = free_bytes // (_CHUNKS_IN_FLIGHT * max(chunk_bytes, 1))
+    if fitting >= workers:
+        return workers
+    logging.getLogger(__name__).warning(
+        "/dev/shm has %d MB free: %d loader processes instead of %d; give the container more "
+        "(docker run --shm-size=8g)",
+        free_bytes // 2**20,
+        fitting,
+        workers,
+    )
+    return fitting
+
+
 def train_batches(
     source: Source,
     stages: Sequence[Any],
@@ -378,10 +186,10 @@ def train_batches(
       UserError: the batch does not divide by the hosts; while iterating: a picture is broken
         (data.on_corrupt='error').
     """
-    work = _TrainWork(
+    work = TrainChunks(
         source,
         stages,
-        _Options.from_config(data_config),
+        Options.from_config(data_config),
         seed=seed,
         start_step=start_step,
         stop_step=stop_step,
@@ -421,9 +229,9 @@ def eval_batches(
     Raises:
       UserError: as `train_batches`.
     """
-    work = _EvalWork(
+    work = EvalChunks(
         source,
-        _Options.from_config(data_config),
+        Options.from_config(data_config),
         image_size=image_size,
         batch_size=batch_size,
         process_index=process_index,

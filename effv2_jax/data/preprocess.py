@@ -23,6 +23,7 @@ import math
 
 import numpy as np
 
+from effv2_jax.data import decode_fast
 from effv2_jax.data.decode import EncodedImage
 from effv2_jax.data.resize import resize_bicubic_v1, resize_bilinear
 from effv2_jax.errors import UserError
@@ -243,6 +244,7 @@ def training_image(
     rng: np.random.Generator,
     kind: Kind,
     sampling: CropSampling | None,
+    fast_resize: bool = False,
 ) -> np.ndarray:
     """Crops and resizes a training picture.
 
@@ -252,6 +254,7 @@ def training_image(
       rng: all that decides.
       kind: of preprocessing.
       sampling: of the crop; None: the whole picture is squeezed to a square (official finetune).
+      fast_resize: bilinear by OpenCV: equal but for rounding (decode_fast.py).
 
     Returns:
       [size, size, 3] uint8, truncated, not flipped.
@@ -268,7 +271,9 @@ def training_image(
         crop = _cut(image.pixels(r), Box(top, left, max(box.height // r, 1), box.width // r))
     if kind.bicubic:
         return np.clip(resize_bicubic_v1(crop, (size, size)), 0, 255).astype(np.uint8)
-    return resize_bilinear(crop, (size, size)).astype(np.uint8)
+    if fast_resize:
+        return decode_fast.resize_bilinear(crop, (size, size))
+    return resize_bilinear(crop, (size, size), dtype=np.uint8)
 
 
 def evaluation_image(pixels: np.ndarray, *, size: int, kind: Kind) -> np.ndarray:
