@@ -1,25 +1,35 @@
 """Random changes to a batch of images on the device, inside the jitted training step.
 
 Every image has its own typed key; what happens to it depends on that key alone, not on the
-batch, the device or the number of hosts. Each function derives its own stream from the key, so
-one key per image serves all of them.
+batch, the device or the number of hosts. Each function takes its own stream from the key, so one
+key per image serves all of them.
 
-The choice of an operation per image is the expensive part: `vmap` of `lax.switch` runs all 16.
-Hence two implementations with equal results: "map" goes over the images and takes the true branch
-(for CPUs), "batch" applies each of the five kinds of operation to all images once and selects
-(for GPUs and TPUs).
+The choice of one operation in 16 per image is what costs: `vmap` of `lax.switch` runs all 16.
+Hence two implementations with equal results: "map" goes over the images and runs the chosen
+operation only (for CPUs), "batch" applies each of the five kinds of operation to all images once
+and selects (for GPUs and TPUs, where images one after another would leave the device idle).
 """
+
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from effv2_jax.data import augment_ops as ops
-from effv2_jax.data.policy import AUTOAUGMENT_V0, Policy, is_signed, make_policy
+from effv2_jax.data.policy import (
+    AUTOAUGMENT_V0,
+    IDENTITY,
+    OPERATIONS,
+    SIGNED,
+    Policy,
+    make_policy,
+)
 from effv2_jax.errors import UserError
 
 __all__ = [
     "Policy",
+    "apply_operations",
     "augment",
     "finetune_cutout",
     "flip",
@@ -32,9 +42,8 @@ IMPLEMENTATIONS = ("auto", "map", "batch")
 # Streams of an image's key, one per purpose.
 _FLIP, _POLICY, _CUTOUT, _ERASING = range(4)
 
-
-def _streams(keys: jax.Array, purpose: int) -> jax.Array:
-    return jax.vmap(lambda key: jax.random.fold_in(key, purpose))(keys)
+# What an image gets: operations int32 [L], arguments float32 [L, 2], centres int32 [L, 2].
+_Plan = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def flip(images: jax.Array, keys: jax.Array) -> jax.Array:
@@ -63,13 +72,50 @@ def augment(
     Args:
       images: uint8 [N, H, W, 3].
       keys: typed keys [N].
-      table: `policy.table(magnitude)`; passed as a traced array, another magnitude needs no new
-        program.
+      table: `policy.table(magnitude)`, float32 [rows, 2]; passed as a traced array, so that
+        another magnitude needs no new program.
       policy: static.
       implementation: "map", "batch" (see above), or "auto": by the platform that is compiled for.
 
     Returns:
       uint8 [N, H, W, 3]; the same bits from both implementations.
+
+    Raises:
+      UserError: for an unknown implementation or a table of another policy.
+    """
+    if np.shape(table) != (policy.table_rows, 2):
+        raise UserError(
+            f"augmentation table has shape {np.shape(table)}, policy {policy.name!r} expects "
+            f"{(policy.table_rows, 2)}: pass policy.table(magnitude) of this policy"
+        )
+    if policy.max_layers == 0:
+        return images
+    draw = _drawer(policy, jnp.asarray(table, jnp.float32), images.shape[1:3])
+    operations, arguments, centres = jax.vmap(draw)(_streams(keys, _POLICY))
+    return apply_operations(
+        images, operations, arguments=arguments, centres=centres, implementation=implementation
+    )
+
+
+def apply_operations(
+    images: jax.Array,
+    operations: jax.Array,
+    *,
+    arguments: jax.Array,
+    centres: jax.Array,
+    implementation: str = "auto",
+) -> jax.Array:
+    """Applies given operations, L per image, one after the other.
+
+    Args:
+      images: uint8 [N, H, W, 3].
+      operations: int32 [N, L], indices into OPERATIONS, or IDENTITY.
+      arguments: float32 [N, L, 2], see `policy.operation_arguments`.
+      centres: int32 [N, L, 2], row and column of Cutout's square.
+      implementation: as of `augment`.
+
+    Returns:
+      uint8 [N, H, W, 3].
 
     Raises:
       UserError: for an unknown implementation.
@@ -79,148 +125,45 @@ def augment(
             f"augment implementation is {implementation!r}, expected one of "
             f"{', '.join(IMPLEMENTATIONS)}"
         )
-    if policy.max_layers == 0:
-        return images
-    plan = _plan(keys, table, policy, images.shape[1:3])
+    inputs = (images, operations, arguments, centres)
     if implementation == "map":
-        return _map(images, plan)
+        return _apply_map(*inputs)
     if implementation == "batch":
-        return _batch(images, plan)
-    return jax.lax.platform_dependent(images, plan, cpu=_map, default=_batch)
-
-
-# A plan is what each image gets: (operation int32 [N, L], arguments float32 [N, L, 2],
-# centre of Cutout int32 [N, L, 2]).
-_Plan = tuple[jax.Array, jax.Array, jax.Array]
-
-
-def _plan(keys: jax.Array, table: jax.Array, policy: Policy, size: tuple[int, int]) -> _Plan:
-    """Draws the operations of every image with signs, probabilities and centres."""
-    table = jnp.asarray(table, jnp.float32)
-    layers = policy.max_layers
-    signed = np.asarray([is_signed(name) for name in ops.OPERATIONS] + [False])
-    rotates = np.asarray([name == "Rotate" for name in ops.OPERATIONS] + [False])
-    pairs = np.asarray([[ops.OPERATIONS.index(op[0]) for op in pair] for pair in AUTOAUGMENT_V0])
-    chances = np.asarray([[op[1] for op in pair] for pair in AUTOAUGMENT_V0], np.float32)
-
-    def randaugment(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        chosen = jax.random.randint(key, (policy.layers,), 0, len(ops.OPERATIONS))
-        chosen = jnp.pad(chosen, (0, layers - policy.layers), constant_values=ops.IDENTITY)
-        return chosen, table[jnp.minimum(chosen, ops.IDENTITY - 1)]
-
-    def autoaugment(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        pair_key, chance_key = jax.random.split(key)
-        pair = jax.random.randint(pair_key, (), 0, len(AUTOAUGMENT_V0))
-        applied = jnp.floor(jax.random.uniform(chance_key, (2,)) + jnp.asarray(chances)[pair]) >= 1
-        chosen = jnp.where(applied, jnp.asarray(pairs)[pair], ops.IDENTITY)
-        rows = table[-2 * len(AUTOAUGMENT_V0) :].reshape(len(AUTOAUGMENT_V0), 2, 2)[pair]
-        extra = layers - 2
-        return (
-            jnp.pad(chosen, (0, extra), constant_values=ops.IDENTITY),
-            jnp.pad(rows, ((0, extra), (0, 0))),
-        )
-
-    def one(key: jax.Array) -> _Plan:
-        which_key, op_key, sign_key, centre_key = jax.random.split(key, 4)
-        if policy.name == "ra_aa":
-            use_autoaugment = jax.random.bernoulli(which_key)
-            chosen, arguments = jax.tree.map(
-                lambda a, b: jnp.where(use_autoaugment, a, b),
-                autoaugment(op_key),
-                randaugment(op_key),
-            )
-        else:
-            chosen, arguments = (
-                randaugment(op_key) if policy.uses_randaugment else autoaugment(op_key)
-            )
-        negative = jax.random.bernoulli(sign_key, shape=(layers,)) & jnp.asarray(signed)[chosen]
-        # Turning the other way round negates the sine, Rotate's second argument.
-        negated = negative[:, None] & jnp.stack(
-            [~jnp.asarray(rotates)[chosen], jnp.asarray(rotates)[chosen]], axis=-1
-        )
-        centre = jax.random.randint(centre_key, (layers, 2), 0, jnp.asarray(size, jnp.int32))
-        return chosen, jnp.where(negated, -arguments, arguments), centre
-
-    return jax.vmap(one)(_streams(keys, _POLICY))
-
-
-def _map(images: jax.Array, plan: _Plan) -> jax.Array:
-    """One image after the other, only the chosen operation runs."""
-    branches = [
-        lambda image, arguments, centre, name=name: ops.apply_operation(
-            name, image, arguments=arguments, centre=centre
-        )
-        for name in ops.OPERATIONS
-    ]
-    branches.append(lambda image, arguments, centre: image)
-
-    def one(inputs: tuple[jax.Array, _Plan]) -> jax.Array:
-        def layer(image: jax.Array, step: _Plan) -> tuple[jax.Array, None]:
-            chosen, arguments, centre = step
-            return jax.lax.switch(chosen, branches, image, arguments, centre), None
-
-        image, steps = inputs
-        return jax.lax.scan(layer, image, steps)[0]
-
-    return jax.lax.map(one, (images, plan))
-
-
-def _batch(images: jax.Array, plan: _Plan) -> jax.Array:
-    """All images at once, each kind of operation runs once per layer."""
-
-    def one(
-        image: jax.Array, chosen: jax.Array, arguments: jax.Array, centre: jax.Array
-    ) -> jax.Array:
-        def is_op(name: str) -> jax.Array:
-            return chosen == ops.OPERATIONS.index(name)
-
-        table = ops.identity_table()
-        for name in ops.TABLE_OPERATIONS:
-            table = jnp.where(is_op(name), ops.table_for(name, image, arguments[0]), table)
-        matrix = jnp.asarray([1, 0, 0, 0, 1, 0], jnp.float32)
-        for name in ops.AFFINE_OPERATIONS:
-            matrix = jnp.where(is_op(name), ops.matrix_for(name, image, arguments), matrix)
-        affine = chosen == jnp.asarray([ops.OPERATIONS.index(n) for n in ops.AFFINE_OPERATIONS])
-        result = ops.apply_table(image, table)
-        result = jnp.where(jnp.any(affine), ops.apply_affine(image, matrix), result)
-        for name in ("Color", "Sharpness", "Cutout"):
-            changed = ops.apply_operation(name, image, arguments=arguments, centre=centre)
-            result = jnp.where(is_op(name), changed, result)
-        return result
-
-    def layer(batch: jax.Array, step: _Plan) -> tuple[jax.Array, None]:
-        return jax.vmap(one)(batch, *step), None
-
-    return jax.lax.scan(layer, images, jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), plan))[0]
+        return _apply_batch(*inputs)
+    return jax.lax.platform_dependent(*inputs, cpu=_apply_map, default=_apply_batch)
 
 
 def finetune_cutout(images: jax.Array, keys: jax.Array) -> jax.Array:
-    """Fills a square of half the image's side with noise, as the official 'ft' augmentation.
+    """Fills a square of half the image's side with noise: the official augmentation 'ft'.
 
     Args:
       images: float32 [N, H, W, C], normalised.
       keys: typed keys [N].
 
     Returns:
-      float32 [N, H, W, C]; the square's centre is anywhere in the image, its side 2 * (W // 4),
-      its values U[0, 1) per pixel and channel. Official: preprocessing.py
+      float32 [N, H, W, C]. The square's centre is uniform over the image, its side 2 * (W // 4),
+      cut at the border, its values U[0, 1) per pixel and channel. Official: preprocessing.py
       preprocess_for_finetune.
     """
     _, height, width, channels = images.shape
+    pad = width // 4
 
     def one(image: jax.Array, key: jax.Array) -> jax.Array:
         noise_key, centre_key = jax.random.split(key)
-        noise = jax.random.uniform(noise_key, (height, width, channels), image.dtype)
         y, x = jax.random.randint(centre_key, (2,), 0, jnp.asarray([height, width]))
-        return jnp.where(ops.square(height, width, width // 4, y, x), noise, image)
+        noise = jax.random.uniform(noise_key, (2 * pad, 2 * pad, channels), image.dtype)
+        row = jnp.clip(np.arange(height) - (y - pad), 0, 2 * pad - 1)
+        column = jnp.clip(np.arange(width) - (x - pad), 0, 2 * pad - 1)
+        noise = noise[row[:, None], column[None, :]]
+        return jnp.where(ops.square(height, width, pad=pad, y=y, x=x), noise, image)
 
-    return jax.vmap(one)(images, _streams(keys, _CUTOUT))
+    return _each(one, images, _streams(keys, _CUTOUT)) if pad else images
 
 
 def random_erasing(
     images: jax.Array,
     keys: jax.Array,
-    probability: float,
+    probability: jax.Array | float,
     *,
     area: tuple[float, float] = (0.02, 1 / 3),
     aspect: tuple[float, float] = (0.3, 1 / 0.3),
@@ -234,38 +177,214 @@ def random_erasing(
       probability: that an image gets a box; may be traced.
       area: the box's share of the image, uniform.
       aspect: height / width of the box, uniform in its logarithm.
-      attempts: boxes that are drawn until one is smaller than the image; none: no erasing.
+      attempts: boxes that are drawn until one is smaller than the image; none is: no erasing.
 
     Returns:
-      float32 [N, H, W, C]. Distribution and defaults as timm's data/random_erasing.py with
-      mode "pixel" and one box.
+      float32 [N, H, W, C]. Distribution and defaults of timm's data/random_erasing.py
+      (mode "pixel", one box): N(0, 1) per pixel and channel.
     """
     _, height, width, channels = images.shape
+    # Rounding the sides adds at most half a pixel to each; a box fits the noise in any shape.
+    most = int(area[1] * height * width + 0.5 * (height + width) + 1)
 
     def one(image: jax.Array, key: jax.Array) -> jax.Array:
-        use_key, area_key, aspect_key, place_key, noise_key = jax.random.split(key, 5)
-        pixels = (
-            height
-            * width
-            * jax.random.uniform(area_key, (attempts,), minval=area[0], maxval=area[1])
+        use_key, box_key, noise_key = jax.random.split(key, 3)
+        (top, left, h, w), found = _erased_box(
+            box_key, (height, width), area=area, aspect=aspect, attempts=attempts
         )
-        ratio = jnp.exp(
-            jax.random.uniform(
-                aspect_key, (attempts,), minval=np.log(aspect[0]), maxval=np.log(aspect[1])
-            )
-        )
-        heights = jnp.round(jnp.sqrt(pixels * ratio)).astype(jnp.int32)
-        widths = jnp.round(jnp.sqrt(pixels / ratio)).astype(jnp.int32)
-        fits = (heights < height) & (widths < width)
-        first = jnp.argmax(fits)
-        h, w = heights[first], widths[first]
-        room = jnp.maximum(jnp.stack([height - h, width - w]), 0) + 1
-        top, left = jax.random.randint(place_key, (2,), 0, room)
-        row = np.arange(height)[:, None, None]
-        column = np.arange(width)[None, :, None]
-        box = (row >= top) & (row < top + h) & (column >= left) & (column < left + w)
-        use = jax.random.bernoulli(use_key, probability) & jnp.any(fits)
-        noise = jax.random.normal(noise_key, (height, width, channels), image.dtype)
-        return jnp.where(use & box, noise, image)
 
-    return jax.vmap(one)(images, _streams(keys, _ERASING))
+        def erase(image: jax.Array) -> jax.Array:
+            noise = jax.random.normal(noise_key, (most, channels), image.dtype)
+            row = np.arange(height)[:, None] - top
+            column = np.arange(width)[None, :] - left
+            inside = (row >= 0) & (row < h) & (column >= 0) & (column < w)
+            noise = noise[jnp.where(inside, row * w + column, 0)]
+            return jnp.where(inside[..., None], noise, image)
+
+        use = jax.random.bernoulli(use_key, probability) & found
+        return jax.lax.cond(use, erase, lambda image: image, image)
+
+    return _each(one, images, _streams(keys, _ERASING))
+
+
+def _erased_box(
+    key: jax.Array,
+    size: tuple[int, int],
+    *,
+    area: tuple[float, float],
+    aspect: tuple[float, float],
+    attempts: int,
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]:
+    """Draws a box: (top, left, height, width), int32, and whether any attempt fitted."""
+    height, width = size
+    area_key, aspect_key, place_key = jax.random.split(key, 3)
+    pixels = jax.random.uniform(area_key, (attempts,), minval=area[0], maxval=area[1])
+    pixels = pixels * (height * width)
+    low, high = np.log(aspect[0]), np.log(aspect[1])
+    ratio = jnp.exp(jax.random.uniform(aspect_key, (attempts,), minval=low, maxval=high))
+    heights = jnp.round(jnp.sqrt(pixels * ratio)).astype(jnp.int32)
+    widths = jnp.round(jnp.sqrt(pixels / ratio)).astype(jnp.int32)
+    fits = (heights < height) & (widths < width)
+    first = jnp.argmax(fits)
+    h, w = heights[first], widths[first]
+    room = jnp.maximum(jnp.stack([height - h, width - w]), 0) + 1
+    top, left = jax.random.randint(place_key, (2,), 0, room)
+    return (top, left, h, w), jnp.any(fits)
+
+
+def _streams(keys: jax.Array, purpose: int) -> jax.Array:
+    return jax.vmap(lambda key: jax.random.fold_in(key, purpose))(keys)
+
+
+def _each(function: Callable, images: jax.Array, keys: jax.Array) -> jax.Array:
+    """Applies a function of one image; on a CPU in turn, so that `cond` skips work."""
+
+    def in_turn(images: jax.Array, keys: jax.Array) -> jax.Array:
+        return jax.lax.map(lambda inputs: function(*inputs), (images, keys))
+
+    return jax.lax.platform_dependent(images, keys, cpu=in_turn, default=jax.vmap(function))
+
+
+def _drawer(
+    policy: Policy, table: jax.Array, size: tuple[int, int]
+) -> Callable[[jax.Array], _Plan]:
+    """Makes the function that draws what an image gets, from the image's key.
+
+    Official: autoaugment.py distort_image. RandAugment always applies its operations: the
+    official code draws a probability and does not use it.
+    """
+    layers = policy.max_layers
+    signed = np.asarray([name in SIGNED for name in (*OPERATIONS, "")])
+    rotates = np.asarray([name == "Rotate" for name in (*OPERATIONS, "")])
+
+    def randaugment(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        chosen = jax.random.randint(key, (policy.layers,), 0, len(OPERATIONS))
+        return _fill(chosen, table[chosen], layers)
+
+    def autoaugment(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        pairs = np.asarray([[OPERATIONS.index(op[0]) for op in pair] for pair in AUTOAUGMENT_V0])
+        chances = np.asarray([[op[1] for op in pair] for pair in AUTOAUGMENT_V0], np.float32)
+        rows = table[-pairs.size :].reshape(*pairs.shape, 2)
+        pair_key, chance_key = jax.random.split(key)
+        pair = jax.random.randint(pair_key, (), 0, len(pairs))
+        applied = jax.random.uniform(chance_key, (2,)) + jnp.asarray(chances)[pair] >= 1
+        chosen = jnp.where(applied, jnp.asarray(pairs)[pair], IDENTITY)
+        return _fill(chosen, rows[pair], layers)
+
+    def draw(key: jax.Array) -> _Plan:
+        which_key, operation_key, sign_key, centre_key = jax.random.split(key, 4)
+        if policy.name == "ra_aa":
+            chosen, arguments = jax.tree.map(
+                lambda a, b: jnp.where(jax.random.bernoulli(which_key), a, b),
+                autoaugment(operation_key),
+                randaugment(operation_key),
+            )
+        elif policy.uses_randaugment:
+            chosen, arguments = randaugment(operation_key)
+        else:
+            chosen, arguments = autoaugment(operation_key)
+        negative = jax.random.bernoulli(sign_key, shape=(layers,)) & jnp.asarray(signed)[chosen]
+        # To turn the other way is to negate the sine, Rotate's second argument.
+        turned = jnp.asarray(rotates)[chosen]
+        negated = negative[:, None] & jnp.stack([~turned, turned], axis=-1)
+        centres = jax.random.randint(centre_key, (layers, 2), 0, jnp.asarray(size))
+        return chosen, jnp.where(negated, -arguments, arguments), centres
+
+    return draw
+
+
+def _fill(chosen: jax.Array, arguments: jax.Array, layers: int) -> tuple[jax.Array, jax.Array]:
+    """Appends identities up to `layers` operations."""
+    extra = layers - chosen.shape[0]
+    return (
+        jnp.pad(chosen, (0, extra), constant_values=IDENTITY),
+        jnp.pad(arguments, ((0, extra), (0, 0))),
+    )
+
+
+def _rank(names: Sequence[str]) -> np.ndarray:
+    """For every operation its index in `names`, or 0 where it is none of them."""
+    names = list(names)
+    return np.asarray([names.index(n) if n in names else 0 for n in (*OPERATIONS, "")])
+
+
+def _is_any(operation: jax.Array, names: Sequence[str]) -> jax.Array:
+    return jnp.asarray(np.asarray([n in names for n in (*OPERATIONS, "")]))[operation]
+
+
+def _matrix(image: jax.Array, operation: jax.Array, arguments: jax.Array) -> jax.Array:
+    """The map of an operation of the affine kind; making all five costs next to nothing."""
+    matrices = jnp.stack([make(image, arguments) for make in ops.MATRICES.values()])
+    return matrices[jnp.asarray(_rank(ops.MATRICES))[operation]]
+
+
+def _apply_map(
+    images: jax.Array, operations: jax.Array, arguments: jax.Array, centres: jax.Array
+) -> jax.Array:
+    kinds = [ops.TABLES, ops.MATRICES, ("Color",), ("Sharpness",), ("Cutout",), ("",)]
+    kind_of = np.asarray([[n in names for names in kinds].index(True) for n in (*OPERATIONS, "")])
+
+    def layer(image: jax.Array, step: _Plan) -> tuple[jax.Array, None]:
+        operation, values, centre = step
+
+        def by_table(image: jax.Array) -> jax.Array:
+            # Through a switch also because XLA would otherwise compute the table per pixel.
+            rank = jnp.asarray(_rank(ops.TABLES))[operation]
+            makers = list(ops.TABLES.values())
+            return ops.apply_table(image, jax.lax.switch(rank, makers, image, values))
+
+        branches = [
+            by_table,
+            lambda image: ops.apply_affine(image, _matrix(image, operation, values)),
+            lambda image: ops.color(image, values[0]),
+            lambda image: ops.sharpness(image, values[0]),
+            lambda image: _cutout(image, values, centre),
+            lambda image: image,
+        ]
+        return jax.lax.switch(jnp.asarray(kind_of)[operation], branches, image), None
+
+    def one(inputs: tuple[jax.Array, _Plan]) -> jax.Array:
+        image, steps = inputs
+        return jax.lax.scan(layer, image, steps)[0]
+
+    return jax.lax.map(one, (images, (operations, arguments, centres)))
+
+
+def _apply_batch(
+    images: jax.Array, operations: jax.Array, arguments: jax.Array, centres: jax.Array
+) -> jax.Array:
+    def tables(image: jax.Array, operation: jax.Array, values: jax.Array) -> jax.Array:
+        made = jnp.stack([make(image, values) for make in ops.TABLES.values()])
+        table = made[jnp.asarray(_rank(ops.TABLES))[operation]]
+        return jnp.where(_is_any(operation, ops.TABLES), table, ops.identity_table())
+
+    def one(
+        image: jax.Array,
+        table: jax.Array,
+        operation: jax.Array,
+        values: jax.Array,
+        centre: jax.Array,
+    ) -> jax.Array:
+        result = ops.apply_table(image, table)
+        changes = [
+            (ops.MATRICES, ops.apply_affine(image, _matrix(image, operation, values))),
+            (("Color",), ops.color(image, values[0])),
+            (("Sharpness",), ops.sharpness(image, values[0])),
+            (("Cutout",), _cutout(image, values, centre)),
+        ]
+        for names, changed in changes:
+            result = jnp.where(_is_any(operation, names), changed, result)
+        return result
+
+    def layer(batch: jax.Array, step: _Plan) -> tuple[jax.Array, None]:
+        operation, values, centre = step
+        # The barrier keeps XLA from computing the tables once per pixel.
+        table = jax.lax.optimization_barrier(jax.vmap(tables)(batch, operation, values))
+        return jax.vmap(one)(batch, table, operation, values, centre), None
+
+    steps = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (operations, arguments, centres))
+    return jax.lax.scan(layer, images, steps)[0]
+
+
+def _cutout(image: jax.Array, values: jax.Array, centre: jax.Array) -> jax.Array:
+    return ops.cutout(image, pad=values[0].astype(jnp.int32), y=centre[0], x=centre[1])

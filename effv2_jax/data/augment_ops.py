@@ -22,34 +22,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# RandAugment's operations in the order in which the official code numbers them.
-OPERATIONS = (
-    "AutoContrast",
-    "Equalize",
-    "Invert",
-    "Rotate",
-    "Posterize",
-    "Solarize",
-    "Color",
-    "Contrast",
-    "Brightness",
-    "Sharpness",
-    "ShearX",
-    "ShearY",
-    "TranslateX",
-    "TranslateY",
-    "Cutout",
-    "SolarizeAdd",
-)
-IDENTITY = len(OPERATIONS)
-
 # Fills what geometric operations and Cutout leave empty.
 REPLACE = 128
 
-_GREY_WEIGHTS = (0.2989, 0.587, 0.114)
 _PIXELS = np.arange(256, dtype=np.int32)
+_CHANNEL_OFFSETS = 256 * np.arange(3, dtype=np.int32)
 # 255 / d for d = 0..255 (0 unused), rounded on the host: devices may divide less exactly.
 _STRETCH = np.float32(255.0) / np.maximum(np.arange(256), 1).astype(np.float32)
+# What a red, green or blue value adds to grey; a look-up is five times faster than the products.
+_SCALED = _PIXELS.astype(np.float32) * np.float32(1 / 255)
+_GREY_SHARES = tuple(_SCALED * np.float32(weight) for weight in (0.2989, 0.587, 0.114))
 
 
 def _rounded(product: jax.Array) -> jax.Array:
@@ -117,7 +99,7 @@ def brightness_table(factor: jax.Array) -> jax.Array:
     return blend(jnp.zeros((256,), jnp.uint8), identity_table(), factor)
 
 
-def contrast_table(factor: jax.Array, height: int, width: int) -> jax.Array:
+def contrast_table(factor: jax.Array, *, height: int, width: int) -> jax.Array:
     """Returns the blend of one grey and the pixel, uint8 [256].
 
     The grey is the number of pixels / 256, at most 255: the official code sums the histogram's
@@ -132,8 +114,11 @@ def autocontrast_table(image: jax.Array) -> jax.Array:
 
     A channel of one value stays as it is.
     """
-    low = jnp.min(image, axis=(0, 1)).astype(jnp.int32)[:, None]
-    high = jnp.max(image, axis=(0, 1)).astype(jnp.int32)[:, None]
+    width = image.shape[1]
+    # First over rows of 3 W values, then over pixels: 20 times faster on a CPU than over (H, W).
+    rows = image.reshape(-1, width * 3)
+    low = rows.min(axis=0).reshape(width, 3).min(axis=0).astype(jnp.int32)[:, None]
+    high = rows.max(axis=0).reshape(width, 3).max(axis=0).astype(jnp.int32)[:, None]
     scale = jnp.asarray(_STRETCH)[high - low]
     offset = _rounded(-low.astype(jnp.float32) * scale)
     stretched = _to_uint8(_rounded(_PIXELS.astype(np.float32) * scale) + offset)
@@ -149,9 +134,8 @@ def equalize_table(image: jax.Array) -> jax.Array:
     last = 255 - jnp.argmax(counts[:, ::-1] > 0, axis=1, keepdims=True)
     step = (image.shape[0] * image.shape[1] - jnp.take_along_axis(counts, last, axis=1)) // 255
     below = jnp.cumsum(counts, axis=1) - counts
-    first = (_PIXELS == 0).astype(np.int32)
     # The official table is shifted by one entry and starts with 0.
-    values = jnp.where(first == 1, 0, (below + step // 2) // jnp.maximum(step, 1))
+    values = jnp.where(_PIXELS == 0, 0, (below + step // 2) // jnp.maximum(step, 1))
     return jnp.where(step == 0, _PIXELS, jnp.clip(values, 0, 255)).astype(jnp.uint8)
 
 
@@ -164,7 +148,7 @@ def histogram(image: jax.Array) -> jax.Array:
     Returns:
       int32 [3, 256].
     """
-    bins = (image.astype(jnp.int32) + 256 * np.arange(3, dtype=np.int32)).reshape(-1)
+    bins = (image.astype(jnp.int32) + _CHANNEL_OFFSETS).reshape(-1)
     counts = jnp.zeros((768,), jnp.int32).at[bins].add(1, mode="promise_in_bounds")
     return counts.reshape(3, 256)
 
@@ -174,14 +158,13 @@ def apply_table(image: jax.Array, table: jax.Array) -> jax.Array:
 
     Args:
       image: uint8 [H, W, 3].
-      table: uint8 [256] or [3, 256].
+      table: uint8 [3, 256].
 
     Returns:
       uint8 [H, W, 3].
     """
-    flat = jnp.broadcast_to(table, (3, 256)).reshape(-1)
-    index = image.astype(jnp.int32) + 256 * np.arange(3, dtype=np.int32)
-    return flat.at[index].get(mode="promise_in_bounds")
+    index = image.astype(jnp.int32) + _CHANNEL_OFFSETS
+    return table.reshape(-1).at[index].get(mode="promise_in_bounds")
 
 
 # Affine maps: six numbers (a, b, c, d, e, f): output pixel (x, y) shows the input's pixel
@@ -208,7 +191,7 @@ def translate_y_matrix(pixels: jax.Array) -> jax.Array:
     return _matrix(1, 0, 0, 0, 1, pixels)
 
 
-def rotate_matrix(cosine: jax.Array, sine: jax.Array, height: int, width: int) -> jax.Array:
+def rotate_matrix(cosine: jax.Array, sine: jax.Array, *, height: int, width: int) -> jax.Array:
     """Returns the map of a rotation about the image's centre, float32 [6].
 
     Args:
@@ -265,9 +248,10 @@ def color(image: jax.Array, factor: jax.Array) -> jax.Array:
     Returns:
       uint8 [H, W, 3].
     """
-    scaled = image.astype(jnp.float32) * np.float32(1 / 255)
+    index = image.astype(jnp.int32)
     red, green, blue = (
-        _rounded(scaled[..., i] * np.float32(weight)) for i, weight in enumerate(_GREY_WEIGHTS)
+        jnp.asarray(shares).at[index[..., channel]].get(mode="promise_in_bounds")
+        for channel, shares in enumerate(_GREY_SHARES)
     )
     grey = _to_uint8(((red + green) + blue) * np.float32(255.5))
     return blend(grey[..., None], image, factor)
@@ -283,22 +267,28 @@ def sharpness(image: jax.Array, factor: jax.Array) -> jax.Array:
     Returns:
       uint8 [H, W, 3]; the outermost pixels stay as they are.
     """
-    height, width, _ = image.shape
-    values = image.astype(jnp.float32)
-    neighbour = _rounded(values * np.float32(np.float32(1) / np.float32(13)))
-    centre = _rounded(values * np.float32(np.float32(5) / np.float32(13)))
-    total = jnp.zeros((height - 2, width - 2, 3), jnp.float32)
+    height, width, channels = image.shape
+    # As rows of W * C values: 5 times faster on a CPU than with a last axis of 3.
+    length = width * channels
+    rows = image.reshape(height, length)
+    values = jnp.pad(rows, ((1, 1), (channels, channels))).astype(jnp.float32)
+    neighbour = _rounded(values * (np.float32(1) / np.float32(13)))
+    centre = _rounded(values * (np.float32(5) / np.float32(13)))
+    total = jnp.zeros((height, length), jnp.float32)
     # In the order of the official convolution: the sum's last bit decides the truncated value.
     for i in range(3):
         for j in range(3):
             source = centre if (i, j) == (1, 1) else neighbour
-            total = total + source[i : i + height - 2, j : j + width - 2]
-    # A border of the image itself blends to itself.
-    smooth = image.at[1:-1, 1:-1].set(_to_uint8(total))
-    return blend(smooth, image, factor)
+            left = j * channels
+            total = total + source[i : i + height, left : left + length]
+    row = np.arange(height)[:, None]
+    column = np.arange(length)[None, :]
+    inner = (row > 0) & (row < height - 1) & (column >= channels) & (column < length - channels)
+    smooth = jnp.where(inner, _to_uint8(total), rows)
+    return blend(smooth, rows, factor).reshape(image.shape)
 
 
-def cutout(image: jax.Array, pad: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
+def cutout(image: jax.Array, *, pad: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
     """Paints a square of grey.
 
     Args:
@@ -310,76 +300,46 @@ def cutout(image: jax.Array, pad: jax.Array, y: jax.Array, x: jax.Array) -> jax.
     Returns:
       uint8 [H, W, 3]; the square is cut at the border.
     """
-    return jnp.where(square(*image.shape[:2], pad, y, x), np.uint8(REPLACE), image)
+    return jnp.where(square(*image.shape[:2], pad=pad, y=y, x=x), np.uint8(REPLACE), image)
 
 
-def square(height: int, width: int, pad: jax.Array, y: jax.Array, x: jax.Array) -> jax.Array:
+def square(
+    height: int, width: int, *, pad: jax.Array | int, y: jax.Array, x: jax.Array
+) -> jax.Array:
     """Returns bool [H, W, 1], true within rows y-pad..y+pad-1 and columns x-pad..x+pad-1."""
     row = np.arange(height)[:, None, None]
     column = np.arange(width)[None, :, None]
     return (row >= y - pad) & (row < y + pad) & (column >= x - pad) & (column < x + pad)
 
 
-def table_for(name: str, image: jax.Array, argument: jax.Array) -> jax.Array:
-    """Returns the table of an operation of the table kind, uint8 [256] or [3, 256]."""
-    makers: dict[str, Callable[[], jax.Array]] = {
-        "AutoContrast": lambda: autocontrast_table(image),
-        "Equalize": lambda: equalize_table(image),
-        "Invert": invert_table,
-        "Posterize": lambda: posterize_table(argument),
-        "Solarize": lambda: solarize_table(argument),
-        "SolarizeAdd": lambda: solarize_add_table(argument),
-        "Contrast": lambda: contrast_table(argument, *image.shape[:2]),
-        "Brightness": lambda: brightness_table(argument),
-    }
-    return makers[name]()
+# How to make the table (uint8 [3, 256]) or the map (float32 [6]) of an operation, from the image
+# (uint8 [H, W, 3]) and the two arguments of `policy.operation_arguments`.
+Maker = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def matrix_for(name: str, image: jax.Array, arguments: jax.Array) -> jax.Array:
-    """Returns the map of an operation of the affine kind, float32 [6]."""
-    makers: dict[str, Callable[[], jax.Array]] = {
-        "Rotate": lambda: rotate_matrix(arguments[0], arguments[1], *image.shape[:2]),
-        "ShearX": lambda: shear_x_matrix(arguments[0]),
-        "ShearY": lambda: shear_y_matrix(arguments[0]),
-        "TranslateX": lambda: translate_x_matrix(arguments[0]),
-        "TranslateY": lambda: translate_y_matrix(arguments[0]),
-    }
-    return makers[name]()
+def _for_all_channels(table: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(table, (3, 256))
 
 
-TABLE_OPERATIONS = (
-    "AutoContrast",
-    "Equalize",
-    "Invert",
-    "Posterize",
-    "Solarize",
-    "SolarizeAdd",
-    "Contrast",
-    "Brightness",
-)
-AFFINE_OPERATIONS = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
+TABLES: dict[str, Maker] = {
+    "AutoContrast": lambda image, _: autocontrast_table(image),
+    "Equalize": lambda image, _: equalize_table(image),
+    "Invert": lambda image, _: _for_all_channels(invert_table()),
+    "Posterize": lambda image, values: _for_all_channels(posterize_table(values[0])),
+    "Solarize": lambda image, values: _for_all_channels(solarize_table(values[0])),
+    "SolarizeAdd": lambda image, values: _for_all_channels(solarize_add_table(values[0])),
+    "Contrast": lambda image, values: _for_all_channels(
+        contrast_table(values[0], height=image.shape[0], width=image.shape[1])
+    ),
+    "Brightness": lambda image, values: _for_all_channels(brightness_table(values[0])),
+}
 
-
-def apply_operation(
-    name: str, image: jax.Array, *, arguments: jax.Array, centre: jax.Array
-) -> jax.Array:
-    """Applies one operation by name.
-
-    Args:
-      name: one of OPERATIONS.
-      image: uint8 [H, W, 3].
-      arguments: float32 [2], see `policy.arguments`.
-      centre: int32 [2], Cutout's row and column.
-
-    Returns:
-      uint8 [H, W, 3].
-    """
-    if name in TABLE_OPERATIONS:
-        return apply_table(image, table_for(name, image, arguments[0]))
-    if name in AFFINE_OPERATIONS:
-        return apply_affine(image, matrix_for(name, image, arguments))
-    if name == "Color":
-        return color(image, arguments[0])
-    if name == "Sharpness":
-        return sharpness(image, arguments[0])
-    return cutout(image, arguments[0].astype(jnp.int32), centre[0], centre[1])
+MATRICES: dict[str, Maker] = {
+    "Rotate": lambda image, values: rotate_matrix(
+        values[0], values[1], height=image.shape[0], width=image.shape[1]
+    ),
+    "ShearX": lambda image, values: shear_x_matrix(values[0]),
+    "ShearY": lambda image, values: shear_y_matrix(values[0]),
+    "TranslateX": lambda image, values: translate_x_matrix(values[0]),
+    "TranslateY": lambda image, values: translate_y_matrix(values[0]),
+}

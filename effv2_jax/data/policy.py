@@ -10,12 +10,34 @@ import math
 
 import numpy as np
 
-from effv2_jax.data.augment_ops import OPERATIONS
 from effv2_jax.errors import UserError
+
+# RandAugment's operations in the order in which the official code numbers them.
+OPERATIONS = (
+    "AutoContrast",
+    "Equalize",
+    "Invert",
+    "Rotate",
+    "Posterize",
+    "Solarize",
+    "Color",
+    "Contrast",
+    "Brightness",
+    "Sharpness",
+    "ShearX",
+    "ShearY",
+    "TranslateX",
+    "TranslateY",
+    "Cutout",
+    "SolarizeAdd",
+)
+# The number of doing nothing.
+IDENTITY = len(OPERATIONS)
 
 POLICIES = ("none", "randaugment", "autoaugment", "ra_aa")
 _MAX_LEVEL = 10.0
-_SIGNED = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
+# Operations that go in a random one of two directions.
+SIGNED = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
 
 # AutoAugment v0, the policy of the paper: pairs of (operation, probability, magnitude).
 AUTOAUGMENT_V0 = (
@@ -70,6 +92,12 @@ class Policy:
         return self.name in ("autoaugment", "ra_aa")
 
     @property
+    def table_rows(self) -> int:
+        """The number of rows of `table`."""
+        pairs = sum(len(pair) for pair in AUTOAUGMENT_V0)
+        return len(OPERATIONS) * self.uses_randaugment + pairs * self.uses_autoaugment
+
+    @property
     def max_layers(self) -> int:
         """The largest number of operations one image gets."""
         return max(self.layers * self.uses_randaugment, 2 * self.uses_autoaugment)
@@ -81,7 +109,7 @@ class Policy:
           magnitude: RandAugment's, >= 0, possibly fractional. AutoAugment has its own.
 
         Returns:
-          float32 [rows, 2], rows = 16 for RandAugment (one per operation, in the order of
+          float32 [table_rows, 2]: 16 for RandAugment (one per operation, in the order of
           OPERATIONS) followed by 50 for AutoAugment (two per sub-policy). Computed in Python's
           float64 with the official truncations, then rounded to float32 once.
 
@@ -96,11 +124,11 @@ class Policy:
         rows = []
         if self.uses_randaugment:
             for name in OPERATIONS:
-                rows.append(arguments(name, float(magnitude), cutout=40, translate=100))
+                rows.append(operation_arguments(name, float(magnitude), cutout=40, translate=100))
         if self.uses_autoaugment:
             for pair in AUTOAUGMENT_V0:
                 for name, _, level in pair:
-                    rows.append(arguments(name, level, cutout=100, translate=250))
+                    rows.append(operation_arguments(name, level, cutout=100, translate=250))
         return np.asarray(rows, np.float32).reshape(-1, 2)
 
 
@@ -127,11 +155,6 @@ def make_policy(name: str, *, layers: int = 2) -> Policy:
     if layers < 0:
         raise UserError(f"RandAugment has {layers} layers, expected 0 or more")
     return Policy(name=name, layers=layers)
-
-
-def is_signed(name: str) -> bool:
-    """Tells whether the operation goes in a random one of two directions."""
-    return name in _SIGNED
 
 
 def level_to_argument(name: str, level: float, *, cutout: int, translate: int) -> float:
@@ -169,7 +192,9 @@ def level_to_argument(name: str, level: float, *, cutout: int, translate: int) -
     return 0.0
 
 
-def arguments(name: str, level: float, *, cutout: int, translate: int) -> tuple[float, float]:
+def operation_arguments(
+    name: str, level: float, *, cutout: int, translate: int
+) -> tuple[float, float]:
     """Returns what our operations take for a level: two numbers, the second mostly 0.
 
     Rotate: cosine and sine; Posterize: the bits that are cleared, where the official shift of an
