@@ -136,7 +136,8 @@ class EncodedImage:
                 return apply_orientation(decode_fast.decode_jpeg(self._data), self._orientation)
             if reduction > 1:
                 width, height = self._image.size
-                self._image.draft("RGB", (-(-width // reduction), -(-height // reduction)))
+                # Pillow reduces so far that both sides stay at least as large as asked.
+                self._image.draft("RGB", (width // reduction, height // reduction))
             return apply_orientation(_to_rgb(self._image), self._orientation)
         except MemoryError:
             raise
@@ -155,13 +156,10 @@ def decode(data: bytes, *, name: str, decoder: str = "pillow") -> np.ndarray:
 
 def as_rgb(array: np.ndarray, *, name: str) -> np.ndarray:
     """Makes [H, W, 3] uint8 of an array that is [H, W], [H, W, 1] or [H, W, 3] uint8."""
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[:, :, 0]
-    if array.ndim == 2:
-        array = np.repeat(array[:, :, None], 3, axis=2)
-    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
+    grey = array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 1)
+    if array.dtype != np.uint8 or not (grey or (array.ndim == 3 and array.shape[2] == 3)):
         raise UserError(
             f"{name}: found an array {array.dtype}{list(array.shape)}, expected uint8 of shape "
             f"[H, W], [H, W, 1] or [H, W, 3]"
         )
-    return array
+    return np.repeat(array.reshape(*array.shape[:2], 1), 3, axis=2) if grey else array

@@ -104,8 +104,10 @@ def _prepared_builder(name: str, data_dir: str) -> Any:
     with _user_errors(f"data.name: cannot open the TFDS data set {name!r}"):
         try:
             builder = tfds.builder(name, data_dir=data_dir)
-        except tfds.core.DatasetNotFoundError:
-            near = difflib.get_close_matches(re.split("[/:]", name)[0], tfds.list_builders(), n=3)
+        except tfds.core.DatasetNotFoundError as error:
+            # The names are read from the message: TFDS lists them only with TensorFlow.
+            known = re.findall(r"^\s*- (\w+)", str(error), re.MULTILINE)
+            near = difflib.get_close_matches(re.split("[/:]", name)[0], known, n=3)
             hint = f"; similar names: {', '.join(near)}" if near else ""
             raise UserError(f"data.name: TFDS knows no data set {name!r}{hint}") from None
         prepared = builder.is_prepared()
