@@ -14,13 +14,18 @@
                 logger.evaluation(step, results)
 
 `step` is everywhere the number of finished steps. Only process 0 writes and prints; on the others
-all methods do nothing, so that the loop needs no conditions.
+the methods compute what they return and do nothing else, so that the loop needs no conditions.
+
+A line of metrics.jsonl, all rates and accuracies as shares of 1:
+    {"step": 50, "epoch": 0.4, "stage": 0, "image_size": 128, "split": "train", "loss": 1.9,
+     "top1": 0.31, "learning_rate": 0.02, "images_per_second": 812.0, "data_wait": 0.03}
+data_wait is the share of the time in which the device had no batch to work on. Lines of "split":
+"eval" have loss, top1, top5 of the raw weights and ema_loss, ema_top1, ema_top5.
 """
 
 import contextlib
 import json
 import math
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,8 +33,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from effv2_jax.atomic import replacing
-
-_REFRESH_SECONDS = 0.1  # of the live line: fast enough for the eye, no load for the terminal
+from effv2_jax.training.progressive import Stage
+from effv2_jax.training.terminal import Terminal, duration
 
 
 class MetricsLogger:
@@ -37,7 +42,7 @@ class MetricsLogger:
 
     Args:
         folder: the workdir.
-        stages: `progressive.Stage`s of the whole run: for epoch, image size, batch size and ETA.
+        stages: of the whole run: for epoch, image size, batch size and ETA.
         num_examples: training examples in an epoch.
         resume_step: the step the run continues from; later records, of work that is done again,
             are removed, so that the file has each step once.
@@ -49,7 +54,7 @@ class MetricsLogger:
     def __init__(
         self,
         folder: str | Path,
-        stages: Sequence[Any],
+        stages: Sequence[Stage],
         *,
         num_examples: int,
         resume_step: int = 0,
@@ -61,24 +66,24 @@ class MetricsLogger:
         self._num_examples = num_examples
         self._active = _is_writer() if active is None else active
         self._clock = _Clock()
-        self._terminal = _Terminal(sys.stdout if stream is None else stream)
-        self._file = self._events = None
+        self._terminal = Terminal(sys.stdout if stream is None else stream)
         self._latest: dict[str, float] = {}
         self._known: set[tuple[str, int]] = set()
+        self._file = self._events = None
+        self._torn = False
         if not self._active:
             return
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
-        kept = repair(path, last_step=resume_step)
+        kept = repair(folder / "metrics.jsonl", last_step=resume_step)
         self._known = {(r.get("split", ""), r["step"]) for r in kept if r["step"] == resume_step}
-        self._file = path.open("ab", buffering=0)  # a line is one write: whole or not there
+        # Unbuffered: a line is one write, in the file at once, whatever happens to the process.
+        self._file = (folder / "metrics.jsonl").open("ab", buffering=0)
         if tensorboard:
             from tensorboardX import SummaryWriter  # here: it takes a second to import
 
-            self._events = SummaryWriter(
-                str(folder / "tensorboard"), purge_step=resume_step + 1, flush_secs=30
-            )
+            # TensorBoard hides what earlier event files have from this step on.
+            self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
 
     def __enter__(self) -> "MetricsLogger":
         return self
@@ -91,12 +96,14 @@ class MetricsLogger:
         if self._active:
             self._terminal.line(text)
 
-    def begin_stage(self, stage: Any) -> None:
+    def begin_stage(self, stage: Stage) -> None:
         """Announces a stage and starts its clock: call when its program is compiled."""
-        self._clock.reset()
+        self._clock = _Clock()
+        self._latest = {}
         self.say(
-            f"stage {stage.index + 1}/{len(self._stages)}: {stage.image_size} px, "
-            f"batch {stage.batch_size}, steps {stage.start_step}..{stage.end_step}"
+            f"stage {stage.index + 1}/{len(self._stages)}: {stage.image_size} px, batch "
+            f"{stage.batch_size}, magnitude {stage.magnitude:g}, dropout {stage.dropout_rate:g}, "
+            f"mixup {stage.mixup_alpha:g}, steps {stage.start_step} to {stage.end_step}"
         )
 
     def step(self, step: int, *, data_wait: float = 0.0) -> None:
@@ -106,9 +113,8 @@ class MetricsLogger:
             step: finished steps, this one included.
             data_wait: seconds the loop waited for its batch.
         """
-        stage = self._stage(step)
-        self._clock.count(stage.batch_size, data_wait)
-        if self._active and self._terminal.live:
+        self._clock.count(self._stage(step).batch_size, data_wait)
+        if self._active:
             self._terminal.update(lambda: self._progress(step))
 
     def train(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,15 +125,11 @@ class MetricsLogger:
             metrics: scalars; arrays on the device are fetched, which waits for the step.
 
         Returns:
-            The record, as written.
+            The record.
         """
-        values = {key: float(value) for key, value in metrics.items()}
-        images_per_second, data_wait = self._clock.read()
-        if images_per_second is not None:
-            values["images_per_second"] = images_per_second
-            values["data_wait"] = data_wait
-        self._latest = values
-        record = self._record("train", step, values)
+        self._latest = {key: float(value) for key, value in metrics.items()}
+        self._latest |= self._clock.read()
+        record = self._record("train", step, self._latest)
         if self._active and not self._terminal.live:
             self._terminal.line(self._progress(step))
         return record
@@ -139,23 +141,23 @@ class MetricsLogger:
 
         Args:
             step: finished steps.
-            metrics: loss, top1, top5 of the raw weights; ema_loss, ema_top1, ema_top5.
+            metrics: scalars: loss, top1, top5, ema_loss, ema_top1, ema_top5.
             split: what was evaluated.
 
         Returns:
-            The record, as written.
+            The record.
         """
         values = {key: float(value) for key, value in metrics.items()}
         record = self._record(split, step, values)
-        shown = ", ".join(f"{key} {_show(key, value)}" for key, value in values.items())
-        self.say(f"{split} at step {step} (epoch {record['epoch']:.1f}): {shown}")
+        shown = ", ".join(_show(key, value) for key, value in values.items())
+        self.say(f"{split} at step {step}, epoch {record['epoch']:.1f}: {shown}")
         return record
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Time in this block (evaluation, compiling, saving) does not count in images/s.
 
-        Wait for the device before: steps still queued would run on unmeasured time.
+        Wait for the device before: steps still queued would run in unmeasured time.
         """
         self._clock.stop()
         try:
@@ -170,19 +172,19 @@ class MetricsLogger:
         return seen / self._num_examples
 
     def eta_seconds(self, step: int) -> float | None:
-        """Seconds to the end of the training steps; None before the first step.
+        """Seconds to the end of the run; None before the first step of the stage.
 
-        Taken to be proportional to the pixels still to come: a later stage has larger images.
+        Taken to be proportional to the pixels still to come, because later stages have larger
+        images; with the share that went to evaluation so far.
         """
-        rate = self._clock.lifetime_rate()
+        rate = self._clock.rate()
         if rate is None:
             return None
-        current = self._stage(step)
         pixels = 0.0
         for stage in self._stages:
             steps = stage.end_step - max(step, stage.start_step)
             pixels += max(0, steps) * stage.batch_size * stage.image_size**2
-        return pixels / (rate * current.image_size**2)
+        return self._clock.overhead() * pixels / (rate * self._stage(step).image_size ** 2)
 
     def close(self) -> None:
         """Ends the live line and closes the files."""
@@ -194,8 +196,8 @@ class MetricsLogger:
             self._events.close()
             self._events = None
 
-    def _stage(self, step: int) -> Any:
-        """The stage that the `step`-th step belongs to; of its two ends the start is exclusive."""
+    def _stage(self, step: int) -> Stage:
+        """The stage of the last finished step: a stage's end belongs to it, its start does not."""
         for stage in self._stages:
             if step <= stage.end_step:
                 return stage
@@ -211,39 +213,48 @@ class MetricsLogger:
             "split": split,
             **values,
         }
-        if not self._active or (split, step) in self._known:
-            return record
-        self._file.write(encode(record))
-        if self._events is not None:
-            for key, value in values.items():
-                self._events.add_scalar(f"{split}/{key}", value, step)
-            self._events.add_scalar("progress/image_size", stage.image_size, step)
+        if self._active and (split, step) not in self._known:
+            self._append(encode(record))
+            if self._events is not None:
+                for key, value in {**values, "image_size": stage.image_size}.items():
+                    self._events.add_scalar(f"{split}/{key}", value, step)
         return record
+
+    def _append(self, line: bytes) -> None:
+        """Writes the line; a full disk costs records, not the run."""
+        line = b"\n" + line if self._torn else line
+        try:
+            written, reason = self._file.write(line), "disk full"
+        except OSError as error:
+            written, reason = 0, error.strerror
+        if written < len(line) and not self._torn:
+            self.say(f"metrics.jsonl cannot be written ({reason}); the run goes on")
+        self._torn = written < len(line)
 
     def _progress(self, step: int) -> str:
         stage, last = self._stage(step), self._stages[-1].end_step
-        parts = [
-            f"stage {stage.index + 1}/{len(self._stages)} {stage.image_size} px",
-            f"step {step}/{last}",
-            f"epoch {self.epoch(step):.1f}/{self.epoch(last):.0f}",
-        ]
-        parts += [
-            f"{key} {_show(key, self._latest[key])}"
-            for key in ("loss", "top1", "learning_rate")
-            if key in self._latest
-        ]
-        rate, eta = self._clock.lifetime_rate(), self.eta_seconds(step)
+        # The most wanted first: the live line is cut at the width of the terminal.
+        parts = [f"stage {stage.index + 1}/{len(self._stages)} {stage.image_size} px"]
+        if self._terminal.live:
+            parts.append(self._terminal.bar(step / last))
+        parts.append(f"step {step}/{last}")
+        rate = self._latest.get("images_per_second") or self._clock.rate()
+        eta = self.eta_seconds(step)
         if rate is not None:
-            parts.append(f"{rate:,.0f} images/s")
+            parts.append(f"{rate:.4g} images/s")
         if eta is not None:
             parts.append(f"ETA {duration(eta)}")
+        parts += [_show(key, self._latest[key]) for key in ("loss", "top1") if key in self._latest]
+        parts.append(f"epoch {self.epoch(step):.1f}/{self.epoch(last):.0f}")
+        if "learning_rate" in self._latest:
+            parts.append(_show("learning_rate", self._latest["learning_rate"]))
         return "  ".join(parts)
 
 
 def encode(record: Mapping[str, Any]) -> bytes:
-    """Returns one line of valid JSON. NaN and infinities, which JSON has not, become null."""
+    """Returns one line of JSON. NaN and infinity, which JSON has not, become null and are named."""
     lost = [k for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)]
-    clean = {k: None if k in lost else v for k, v in record.items()}
+    clean = {key: None if key in lost else value for key, value in record.items()}
     if lost:
         clean["nonfinite"] = lost
     return (json.dumps(clean, allow_nan=False) + "\n").encode()
@@ -274,35 +285,14 @@ def repair(path: Path, *, last_step: int) -> list[dict[str, Any]]:
     return kept
 
 
-def duration(seconds: float) -> str:
-    """Returns "42s", "3m05s", "2h07m" or "3d04h"."""
-    total = int(seconds + 0.5)
-    for size, name, part, part_name in (
-        (86400, "d", 3600, "h"),
-        (3600, "h", 60, "m"),
-        (60, "m", 1, "s"),
-    ):
-        if total >= size:
-            return f"{total // size}{name}{total % size // part:02d}{part_name}"
-    return f"{total}s"
-
-
-def _show(key: str, value: float) -> str:
-    if "top1" in key or "top5" in key:
-        return f"{100 * value:.2f}%"
-    return f"{value:.3g}" if "rate" in key else f"{value:.4f}"
-
-
 class _Clock:
-    """Images per second of the time that counts."""
+    """Images per second of the time that counts, since the last reading and since the start."""
 
     def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
+        self._begin = time.monotonic()
+        self._since: float | None = self._begin
         self._images = self._wait = self._seconds = 0.0
-        self._all_images = self._all_seconds = 0.0
-        self._since: float | None = time.monotonic()
+        self._read_images = self._read_seconds = 0.0
 
     def stop(self) -> None:
         if self._since is not None:
@@ -317,55 +307,38 @@ class _Clock:
         self._images += images
         self._wait += wait
 
-    def read(self) -> tuple[float | None, float]:
-        """Images/s and the share of the time spent waiting for data, since the last read."""
-        self.stop()
-        self.start()
-        images, seconds, wait = self._images, self._seconds, self._wait
-        self._all_images += images
-        self._all_seconds += seconds
-        self._images = self._wait = self._seconds = 0.0
+    def read(self) -> dict[str, float]:
+        """Returns images_per_second and data_wait since the last reading; nothing without steps."""
+        self._pass()
+        images = self._images - self._read_images
+        seconds = self._seconds - self._read_seconds
+        wait = self._wait
+        self._read_images, self._read_seconds, self._wait = self._images, self._seconds, 0.0
         if not images or not seconds:
-            return None, 0.0
-        return images / seconds, min(1.0, wait / seconds)
+            return {}
+        return {"images_per_second": images / seconds, "data_wait": min(1.0, wait / seconds)}
 
-    def lifetime_rate(self) -> float | None:
-        """Images/s since the stage began."""
-        now = 0.0 if self._since is None else time.monotonic() - self._since
-        seconds = self._all_seconds + self._seconds + now
-        images = self._all_images + self._images
-        return images / seconds if images and seconds else None
+    def rate(self) -> float | None:
+        """Images per second since the start."""
+        self._pass()
+        return self._images / self._seconds if self._images and self._seconds else None
+
+    def overhead(self) -> float:
+        """All time since the start / the time that counts: 1 if there was no pause."""
+        self._pass()
+        return (time.monotonic() - self._begin) / self._seconds if self._seconds else 1.0
+
+    def _pass(self) -> None:
+        if self._since is not None:
+            self.stop()
+            self.start()
 
 
-class _Terminal:
-    """Lines that stay, and below them, if somebody watches, one that is rewritten."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self.live = stream.isatty()
-        self._shown = ""
-        self._next = 0.0
-
-    def line(self, text: str) -> None:
-        erase = "\r\x1b[2K" if self._shown else ""
-        self._stream.write(f"{erase}{text}\n{self._shown}")
-        self._stream.flush()
-
-    def update(self, text: Any) -> None:
-        now = time.monotonic()
-        if now < self._next:
-            return
-        self._next = now + _REFRESH_SECONDS
-        width = shutil.get_terminal_size().columns
-        self._shown = text()[: max(1, width - 1)]  # a wrapped line could not be erased
-        self._stream.write(f"\r\x1b[2K{self._shown}")
-        self._stream.flush()
-
-    def end(self) -> None:
-        if self._shown:
-            self._stream.write("\n")
-            self._stream.flush()
-            self._shown = ""
+def _show(key: str, value: float) -> str:
+    name = "lr" if key == "learning_rate" else key
+    if "top1" in key or "top5" in key:
+        return f"{name} {100 * value:.2f}%"
+    return f"{name} {value:.3g}" if key == "learning_rate" else f"{name} {value:.4f}"
 
 
 def _is_writer() -> bool:
