@@ -88,7 +88,7 @@ def plan_table(stages: Sequence[Stage], memory: Sequence[StageMemory]) -> str:
             f"{stage.steps:,}",
             f"{stage.epochs:.2f}",
             f"{stage.steps * stage.batch_size:,}",
-            _memory_text(need),
+            _need_text(need),
         )
         for stage, need in zip(stages, memory, strict=True)
     ]
@@ -128,10 +128,28 @@ def plan_rows(stages: Sequence[Stage], memory: Sequence[StageMemory]) -> list[di
     ]
 
 
-def _memory_text(need: StageMemory) -> str:
+def memory_warnings(
+    stages: Sequence[Stage], memory: Sequence[StageMemory], *, device: Any
+) -> list[str]:
+    """Returns a line for each stage that needs more memory than the device has."""
+    stats = device.memory_stats() or {}  # None on CPU
+    limit = stats.get("bytes_limit")
+    return [
+        f"warning: stage {stage.index + 1} needs {_need_text(need)} per device, which has "
+        f"{memory_text(limit)}: lower the batch size or set model.remat=True"
+        for stage, need in zip(stages, memory, strict=True)
+        if limit and need.bytes and need.bytes > limit
+    ]
+
+
+def memory_text(size: int | None) -> str:
+    """Returns "512 MB" or "30.1 GB"."""
+    if size is None:
+        return "memory unknown"
+    return f"{size / 10**6:.0f} MB" if size < 10**9 else f"{size / 10**9:.2f} GB"
+
+
+def _need_text(need: StageMemory) -> str:
     if need.bytes is None:
         return "unknown"
-    mark = "~" if need.estimated else ""
-    if need.bytes < 10**9:
-        return f"{mark}{need.bytes / 10**6:.0f} MB"
-    return f"{mark}{need.bytes / 10**9:.2f} GB"
+    return ("~" if need.estimated else "") + memory_text(need.bytes)
