@@ -49,6 +49,8 @@ class Checkpoints:
         keep_last: how many of the newest stay.
         keep_best: how many of those with the best score stay besides; the score is the metric
             "ema_top1", or "top1" where that is missing.
+        read_only: only `restore`: nothing is cleaned up or set aside, so that a run may be
+            writing into the folder meanwhile.
         say: prints one line about what the user should know.
     """
 
@@ -58,18 +60,21 @@ class Checkpoints:
         *,
         keep_last: int = 2,
         keep_best: int = 1,
+        read_only: bool = False,
         say: Callable[[str], None] = print,
     ) -> None:
         self.folder = Path(folder).absolute()
         self._say = say
+        self._read_only = read_only
         self._scores = _Scores(self.folder / "scores.json")
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=_KeepLastAndBest(keep_last, keep_best, self._scores),
-                cleanup_tmp_directories=True,
+                cleanup_tmp_directories=not read_only,
+                read_only=read_only,
                 save_root_metadata=False,
-                enable_async_checkpointing=True,
+                enable_async_checkpointing=not read_only,
             ),
             item_handlers={
                 "state": ocp.PyTreeCheckpointHandler(use_compression=False),
@@ -161,6 +166,8 @@ class Checkpoints:
                 return _place(arrays, template, sharding)
             self._set_aside(step, problem or "another process could not read it")
         if found:
+            if self._read_only:
+                raise UserError(f"{self.folder}: none of the checkpoints {found} is usable")
             raise UserError(
                 f"{self.folder}: none of the checkpoints {found} is usable, they were renamed to "
                 "STEP.damaged; start again to begin from scratch, or use another --workdir"
@@ -207,6 +214,9 @@ class Checkpoints:
         return arrays
 
     def _set_aside(self, step: int, problem: str) -> None:
+        if self._read_only:
+            self._say(f"checkpoint of step {step} is not used: {problem}")
+            return
         folder = self.folder / str(step)
         if jax.process_index() == 0:
             folder.rename(_unused(folder.with_name(f"{step}.damaged")))

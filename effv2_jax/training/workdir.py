@@ -188,6 +188,8 @@ def _check_config(path: Path, config: dict[str, Any], say: Callable[[str], None]
     }
     announced = [text for key, text in changed.items() if _within(key, _ANNOUNCED)]
     refused = [text for key, text in changed.items() if not _within(key, (*_FREE, *_ANNOUNCED))]
+    if refused and not _has_checkpoint(path.parent):
+        return False  # nothing was learned with the old values: a run that failed at its start
     if refused:
         raise UserError(
             f"{path.parent}: belongs to a run with another config: {'; '.join(refused)}. "
@@ -196,6 +198,11 @@ def _check_config(path: Path, config: dict[str, Any], say: Callable[[str], None]
     if announced:
         say(f"continuing with a changed config (not bit-equal any more): {'; '.join(announced)}")
     return True
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    # Complete ones are named by their step; folders being written have a longer name.
+    return any(entry.name.isdigit() for entry in folder.glob("checkpoints/*"))
 
 
 def _within(key: str, prefixes: Sequence[str]) -> bool:

@@ -114,8 +114,20 @@ def test_lock_is_free_after_an_error(tmp_path):
         pass
 
 
+def test_run_that_left_no_checkpoint_may_be_started_with_another_config(tmp_path):
+    with open_workdir(tmp_path, base_config()):
+        pass
+    other = base_config()
+    other.train.batch_size = 64  # the first one did not fit into memory
+    with open_workdir(tmp_path, other) as workdir:
+        assert not workdir.resuming
+        saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["train"]["batch_size"] == 64
+
+
 def test_other_config_is_refused_with_every_key_and_leaves_the_old_one(tmp_path):
     with open_workdir(tmp_path, base_config()):
+        (tmp_path / "checkpoints" / "5").mkdir(parents=True)
         before = (tmp_path / "config.json").read_text()
     other = base_config()
     other.train.seed = 7
@@ -158,7 +170,7 @@ def test_what_may_change_on_resume(tmp_path, key, value, announced):
 
 def test_options_that_came_with_a_later_version_have_their_defaults(tmp_path):
     with open_workdir(tmp_path, base_config()):
-        pass
+        (tmp_path / "checkpoints" / "5").mkdir(parents=True)
     config = json.loads((tmp_path / "config.json").read_text())
     del config["train"]["gradient_clip"]
     (tmp_path / "config.json").write_text(json.dumps(config))
