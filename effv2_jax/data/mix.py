@@ -16,6 +16,9 @@ import jax.numpy as jnp
 
 from effv2_jax.errors import UserError
 
+# Streams of an example's key.
+_BETA, _PLACE = range(2)
+
 Batch = tuple[jax.Array, jax.Array]  # images [n, H, W, C] and labels [n, K]
 
 
@@ -89,34 +92,32 @@ def mix(
     first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * local
     position = first + jnp.arange(local)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(position)
-    height, width = images.shape[1:3]
 
-    def reversed_whole(batch: Batch) -> Batch:
-        return _exchange(batch, slots=1, devices=devices, axis_name=axis_name)
+    samples = _beta_samples(keys, jnp.stack([mixup_alpha, cutmix_alpha]).astype(jnp.float32))
 
-    def reversed_halves(batch: Batch) -> Batch:
-        return _exchange(batch, slots=2, devices=devices, axis_name=axis_name)
+    def partners(batch: Batch, parts: int) -> Batch:
+        return _exchange(batch, parts=parts, devices=devices, axis_name=axis_name)
+
+    def cut(batch: Batch, partner: Batch, chosen: jax.Array) -> Batch:
+        mask, area = _boxes(keys, samples[1], *images.shape[1:3])
+        mean = _mean_area(area, chosen, mask[0].size, axis_name)
+        return _cutmix(batch, partner, mask, mean)
 
     def no_mixing(batch: Batch) -> Batch:
         return batch
 
     def only_mixup(batch: Batch) -> Batch:
-        return _mixup(batch, reversed_whole(batch), _beta(keys, mixup_alpha))
+        return _mixup(batch, partners(batch, 1), samples[0])
 
     def only_cutmix(batch: Batch) -> Batch:
-        mask, area = _boxes(keys, cutmix_alpha, height, width)
-        everyone = jnp.ones((local,), bool)
-        mean = _mean_area(area, everyone, height * width, axis_name)
-        return _cutmix(batch, reversed_whole(batch), mask, mean)
+        return cut(batch, partners(batch, 1), jnp.ones((local,), bool))
 
     def both(batch: Batch) -> Batch:
-        partner = reversed_halves(batch)
+        partner = partners(batch, 2)
         second = position >= devices * local // 2
-        mask, area = _boxes(keys, cutmix_alpha, height, width)
-        mean = _mean_area(area, second, height * width, axis_name)
-        mixed = _mixup(batch, partner, _beta(keys, mixup_alpha))
-        cut = _cutmix(batch, partner, mask, mean)
-        return jax.tree.map(lambda a, b: jnp.where(_column(second, a), b, a), mixed, cut)
+        mixed = _mixup(batch, partner, samples[0])
+        pasted = cut(batch, partner, second)
+        return jax.tree.map(lambda a, b: jnp.where(_column(second, a), b, a), mixed, pasted)
 
     branches: list[Callable[[Batch], Batch]] = [no_mixing]
     index = jnp.zeros((), jnp.int32)
@@ -133,7 +134,7 @@ def mix(
 
 
 def cutmix_box(
-    x: jax.Array, y: jax.Array, area: jax.Array, *, height: int, width: int
+    x: jax.Array, y: jax.Array, *, area: jax.Array, height: int, width: int
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Returns a box's (top, bottom, left, right), int32, ends exclusive.
 
@@ -159,29 +160,35 @@ def cutmix_box(
 
 
 def _boxes(
-    keys: jax.Array, alpha: jax.Array | float, height: int, width: int
+    keys: jax.Array, samples: jax.Array, height: int, width: int
 ) -> tuple[jax.Array, jax.Array]:
     """Draws a box per example: masks float32 [n, H, W, 1] and their pixels int32 [n]."""
 
-    def one(key: jax.Array, area: jax.Array) -> tuple[jax.Array, jax.Array]:
-        key_x, key_y = jax.random.split(key)
-        x = jax.random.randint(key_x, (), 0, width)
-        y = jax.random.randint(key_y, (), 0, height)
-        top, bottom, left, right = cutmix_box(x, y, area, height=height, width=width)
-        rows, columns = jnp.arange(height), jnp.arange(width)
-        inside_y = (rows >= top) & (rows < bottom)
-        inside_x = (columns >= left) & (columns < right)
-        mask = (inside_y[:, None] & inside_x[None, :]).astype(jnp.float32)
-        return mask[..., None], (bottom - top) * (right - left)
+    def one(key: jax.Array, sample: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x, y = jax.random.randint(
+            jax.random.fold_in(key, _PLACE), (2,), 0, jnp.asarray([width, height])
+        )
+        top, bottom, left, right = cutmix_box(x, y, area=sample, height=height, width=width)
+        rows, columns = jnp.arange(height)[:, None, None], jnp.arange(width)[None, :, None]
+        mask = (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
+        return mask.astype(jnp.float32), (bottom - top) * (right - left)
 
-    place = jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)
-    return jax.vmap(one)(place, _beta(keys, alpha))
+    return jax.vmap(one)(keys, samples)
 
 
-def _beta(keys: jax.Array, alpha: jax.Array | float) -> jax.Array:
-    """One sample of Beta(alpha, alpha) per key, float32 [n]."""
-    alpha = jnp.asarray(alpha, jnp.float32)
-    return jax.vmap(lambda key: jax.random.beta(key, alpha, alpha))(keys)
+def _beta_samples(keys: jax.Array, alphas: jax.Array) -> jax.Array:
+    """Samples of Beta(alpha, alpha) for each of k alphas and n keys, float32 [k, n].
+
+    From two samples of the gamma distribution each, all drawn by one loop: jax.random.beta would
+    compile four. An alpha of 0, whose samples nobody uses, is replaced by 1.
+    """
+
+    def one(key: jax.Array) -> jax.Array:
+        positive = jnp.where(alphas > 0, alphas, 1.0)
+        return jax.random.loggamma(jax.random.fold_in(key, _BETA), positive, (2, *alphas.shape))
+
+    first, second = jnp.moveaxis(jax.vmap(one)(keys), 0, -1)
+    return jax.nn.sigmoid(first - second)
 
 
 def _mean_area(
@@ -224,30 +231,26 @@ def _cutmix(batch: Batch, partner: Batch, mask: jax.Array, area: jax.Array) -> B
     )
 
 
-def _exchange(batch: Batch, *, slots: int, devices: int, axis_name: str | None) -> Batch:
-    """The partners of a batch whose `slots` equal parts are each reversed, globally.
+def _exchange(batch: Batch, *, parts: int, devices: int, axis_name: str | None) -> Batch:
+    """The partners of a batch of which each of `parts` equal parts is reversed, globally.
 
-    Device d holds the blocks d * slots .. d * slots + slots - 1 of the slots * D blocks of the
-    global batch; part p of the batch is blocks p * D .. p * D + D - 1. A block comes whole from
-    one other block of its part, reversed. All blocks of one slot come from the same slot of
-    different devices (from the other one if D is even), so one permutation per slot suffices.
+    Cut the global batch into parts * D blocks; device d holds the blocks d * parts + slot, and
+    part p consists of the blocks p * D .. p * D + D - 1. The partners of a block are another block
+    of its part, reversed. The blocks of one slot all come from one slot of different devices (for
+    two parts: from the other slot if D is even, else from the same), so that one permutation of
+    devices per slot suffices.
     """
-    local = batch[0].shape[0]
-
-    def block(x: jax.Array, slot: int) -> jax.Array:
-        size = local // slots
-        return x[slot * size : (slot + 1) * size][::-1]
-
+    size = batch[0].shape[0] // parts
     received = []
-    for slot in range(slots):
-        links, source_slot = [], slot
+    for slot in range(parts):
+        links, from_slot = [], slot
         for device in range(devices):
-            part, offset = divmod(device * slots + slot, devices)
-            source = part * devices + devices - 1 - offset
-            source_slot = source % slots
-            links.append((source // slots, device))
-        send = jax.tree.map(lambda x, s=source_slot: block(x, s), batch)
+            part, offset = divmod(device * parts + slot, devices)
+            from_device, from_slot = divmod(part * devices + devices - 1 - offset, parts)
+            links.append((from_device, device))
+        rows = slice(from_slot * size, (from_slot + 1) * size)
+        block = jax.tree.map(lambda x, rows=rows: x[rows][::-1], batch)
         if axis_name is not None:
-            send = jax.lax.ppermute(send, axis_name, links)
-        received.append(send)
+            block = jax.lax.ppermute(block, axis_name, links)
+        received.append(block)
     return jax.tree.map(lambda *blocks: jnp.concatenate(blocks), *received)
