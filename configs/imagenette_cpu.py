@@ -4,7 +4,7 @@ Source:    this project. Imagenette: fast.ai, https://github.com/fastai/imagenet
 Command:   python -m effv2_jax.main --config configs/imagenette_cpu.py --workdir runs/imagenette \
                --config.data.dir=imagenette2-160
            with the folders train/ and val/ of the published archive.
-Stages:    4 of 15 epochs: 64, 80, 96, 128 px, mixup 0 to 0.2, dropout 0.1 to 0.3.
+Stages:    64, 80, 104, 128 px for 14, 12, 10, 9 epochs, mixup 0 to 0.2, dropout 0.1 to 0.3.
 Hardware:  2 CPU cores.
 Wall time: not measured here.
 Result:    not measured here. To set beside it: fast.ai's leaderboard at 128 px, from scratch:
@@ -27,21 +27,24 @@ def get_config() -> ConfigDict:
     config.data.dir = "imagenette2-160"
     config.data.train_split = "train"
     config.data.eval_split = "val"
-    config.data.crop_area = (0.25, 1.0)  # a twentieth of a small picture shows too little
+    # The pictures are small already: training crops show at least a third, evaluation shows all.
+    config.data.crop_area = (0.35, 1.0)
+    config.data.preprocessing = "finetune"
+    config.data.cache = "decoded"  # 0.5 GB; decoding them anew costs a tenth of the time
     # RandAugment moves pictures by fixed numbers of pixels: too far for so small ones.
     config.data.augment = "none"
 
     config.train.batch_size = 64
-    config.train.epochs = 60.0
-    config.train.optimizer = "rmsprop"
+    config.train.optimizer = "momentum"
     config.train.schedule = "cosine"
-    config.train.learning_rate = 0.016  # for 256 images
+    config.train.learning_rate = 0.3  # for 256 images
     config.train.warmup_epochs = 3.0
-    config.train.weight_decay = 1e-5
+    config.train.weight_decay = 2e-4
     config.train.ema_decay = 0.999
     config.train.label_smoothing = 0.1
 
-    config.progressive.image_sizes = (64, 80, 96, 128)
+    config.progressive.image_sizes = (64, 80, 104, 128)
+    config.progressive.epochs = (14.0, 12.0, 10.0, 9.0)
     config.progressive.mixup_alphas = (0.0, 0.1, 0.15, 0.2)
     config.progressive.cutmix_alphas = (0.0, 0.0, 0.0, 0.0)
     config.progressive.dropout_rates = (0.1, 0.15, 0.2, 0.3)
