@@ -256,14 +256,13 @@ def open_arrays(data_config: Any, split: str) -> ArraySource:
         for part, want in wanted.items()
     }
     hold_out = names["eval"] is None and data_config.eval_fraction > 0
-    for part in ("train", "eval"):
+    for part in {"train", split}:  # the classes are counted over the training labels
         if names[part] is None and not (part == "eval" and hold_out):
             raise UserError(
                 f"data.{part}_split: found no {wanted[part]!r} in {root} (it has "
                 f"{', '.join(sorted(splits))}); name one of these"
                 + ("" if part == "train" else ", or set data.eval_fraction")
             )
-    # Classes are counted over the training labels: a split may lack some.
     name = names["train"] if hold_out else names[split]
     images, labels = splits[name]
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or len(images) == 0:
