@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--config", required=True, metavar="FILE[:ARGUMENT]", help="recipe, e.g. configs/digits.py")
-    add("--workdir", required=True, metavar="DIR", type=Path, help="where the run keeps its files")
+    add("--workdir", required=True, metavar="DIR", help="where the run keeps its files")
     add("--mode", choices=("train", "eval"), default="train", help="default: train")
     add("--no-tune", action="store_true", help="leave allocator and XLA flags as they are")
     return parser
@@ -76,6 +76,8 @@ def run(arguments: list[str]) -> None:
     if unknown:
         known = [flag for action in parser._actions for flag in action.option_strings]
         raise UserError(f"unknown flag {unknown[0]}{nearest(unknown[0], [*known, '--config.'])}")
+    if not options.workdir.strip():  # Path("") would be the current folder
+        raise UserError("--workdir is empty; name a folder for the run's files")
     config = load_config(*split_argument(options.config))
     apply_overrides(config, overrides)
     validate(config)
@@ -85,9 +87,9 @@ def run(arguments: list[str]) -> None:
     from effv2_jax.training import loop
 
     if options.mode == "train":
-        loop.train(config, options.workdir)
+        loop.train(config, Path(options.workdir))
     else:
-        loop.evaluate(config, options.workdir)
+        loop.evaluate(config, Path(options.workdir))
 
 
 def main() -> int:
