@@ -7,7 +7,7 @@ replicated. All that changes between stages but the shapes is a traced argument 
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
@@ -108,68 +108,25 @@ def make_train_step(
     """
 
     def local_step(state: TrainState, batch: Batch, knobs: Knobs) -> tuple[TrainState, Metrics]:
-        keys = step_keys(knobs["seed"], state.step)
-        images, labels = prepare_images(batch, knobs, keys, recipe)
-        global_batch = images.shape[0] * mesh.size
-        trainable = trainable_mask(recipe, state.params)
-
-        def local_loss(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
-            params = jax.tree.map(
-                lambda p, trained: p if trained else jax.lax.stop_gradient(p), params, trainable
-            )
-            logits, mutated = model.apply(
-                {"params": params, "batch_stats": state.batch_stats},
-                images,
-                train=True,
-                dropout_rate=knobs["dropout_rate"],
-                rngs={"dropout": keys["dropout"]},
-                mutable=["batch_stats"],
-            )
-            losses = example_losses(
-                logits,
-                labels,
-                kind=recipe.loss,
-                label_smoothing=recipe.label_smoothing,
-                multilabel=recipe.multilabel,
-            )
-            return jnp.sum(losses) / global_batch, (logits, mutated["batch_stats"])
-
-        (xent, (logits, batch_stats)), gradients = jax.value_and_grad(local_loss, has_aux=True)(
-            state.params
+        result = local_gradients(model, recipe, state, batch, knobs)
+        norms = optimizers.gradient_norms(result.gradients)
+        new = apply_gradients(
+            state,
+            result.gradients,
+            result.batch_stats,
+            learning_rate=result.metrics["lr"],
+            recipe=recipe,
         )
-        best = jnp.argmax(logits, -1, keepdims=True)
-        hits = jnp.take_along_axis(labels, best, -1)[:, 0] >= jnp.max(labels, -1)
-        gradients, xent, hits = jax.lax.psum((gradients, xent, jnp.sum(hits)), AXIS)
-
-        schedule_step = knobs["schedule_start"] + knobs["schedule_scale"] * (
-            state.step - knobs["stage_start_step"]
-        )
-        rate = recipe.schedule(schedule_step) * knobs["lr_scale"]
-        decay = recipe.weight_decay * (
-            1 + recipe.weight_decay_inc * schedule_step / recipe.total_steps
-        )
-        l2, gradients = add_weight_decay(
-            gradients, state.params, decay=decay, mask=decay_mask(recipe, state.params)
-        )
-        norms = optimizers.gradient_norms(gradients)
-        new = apply_gradients(state, gradients, batch_stats, learning_rate=rate, recipe=recipe)
-        loss = xent + l2
-        finite = jnp.isfinite(loss) & jnp.isfinite(norms.all)
+        finite = jnp.isfinite(result.metrics["loss"]) & jnp.isfinite(norms.all)
         kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
         metrics = {
-            "loss": loss,
-            "xent": xent,
-            "l2": l2,
-            "lr": rate,
-            "weight_decay": decay,
+            **result.metrics,
             "grad_norm": norms.all,
             "grad_norm_max": norms.largest,
-            "top1": hits / global_batch,
-            "finite": finite,
+            "finite": finite.astype(jnp.float32),
         }
-        return kept.replace(step=state.step + 1, skipped=state.skipped + jnp.where(finite, 0, 1)), {
-            name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()
-        }
+        skipped = state.skipped + jnp.where(finite, 0, 1)
+        return kept.replace(step=state.step + 1, skipped=skipped), metrics
 
     return jax.shard_map(
         local_step,
@@ -178,6 +135,73 @@ def make_train_step(
         out_specs=PartitionSpec(),
         check_vma=False,
     )
+
+
+class Gradients(NamedTuple):
+    """Of the global batch's loss; the same on every device."""
+
+    gradients: Any  # as the parameters; 0 for frozen ones
+    batch_stats: Any  # after the batch
+    metrics: Metrics  # loss, xent, l2, lr, weight_decay, top1
+
+
+def local_gradients(
+    model: nn.Module, recipe: Recipe, state: TrainState, batch: Batch, knobs: Knobs
+) -> Gradients:
+    """Returns loss and gradients for the global batch; called on every device with its part of it.
+
+    Only inside `jax.shard_map` over the data mesh. Arguments as in `make_train_step`.
+    """
+    keys = step_keys(knobs["seed"], state.step)
+    images, labels = prepare_images(batch, knobs, keys, recipe)
+    global_batch = images.shape[0] * jax.lax.axis_size(AXIS)
+    trainable = trainable_mask(recipe, state.params)
+
+    def local_loss(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+        params = jax.tree.map(
+            lambda p, trained: p if trained else jax.lax.stop_gradient(p), params, trainable
+        )
+        logits, mutated = model.apply(
+            {"params": params, "batch_stats": state.batch_stats},
+            images,
+            train=True,
+            dropout_rate=knobs["dropout_rate"],
+            rngs={"dropout": keys["dropout"]},
+            mutable=["batch_stats"],
+        )
+        losses = example_losses(
+            logits,
+            labels,
+            kind=recipe.loss,
+            label_smoothing=recipe.label_smoothing,
+            multilabel=recipe.multilabel,
+        )
+        return jnp.sum(losses) / global_batch, (logits, mutated["batch_stats"])
+
+    (xent, (logits, batch_stats)), gradients = jax.value_and_grad(local_loss, has_aux=True)(
+        state.params
+    )
+    best = jnp.argmax(logits, -1, keepdims=True)
+    hits = jnp.take_along_axis(labels, best, -1)[:, 0] >= jnp.max(labels, -1)
+    gradients, xent, hits = jax.lax.psum((gradients, xent, jnp.sum(hits)), AXIS)
+
+    schedule_step = knobs["schedule_start"] + knobs["schedule_scale"] * (
+        state.step - knobs["stage_start_step"]
+    )
+    growth = recipe.weight_decay_inc * schedule_step / recipe.total_steps
+    decay = recipe.weight_decay * (1 + growth)
+    l2, gradients = add_weight_decay(
+        gradients, state.params, decay=decay, mask=decay_mask(recipe, state.params)
+    )
+    metrics = {
+        "loss": xent + l2,
+        "xent": xent,
+        "l2": l2,
+        "lr": recipe.schedule(schedule_step) * knobs["lr_scale"],
+        "weight_decay": decay,
+        "top1": hits / global_batch,
+    }
+    return Gradients(gradients, batch_stats, metrics)
 
 
 def step_keys(seed: jax.typing.ArrayLike, step: jax.Array) -> dict[str, jax.Array]:
@@ -255,7 +279,7 @@ def add_weight_decay(
     gradients = jax.tree.map(
         lambda g, p, decays: g + decay * p if decays else g, gradients, params, mask
     )
-    return decay * sum(squares), gradients
+    return decay * sum(squares, start=jnp.float32(0)), gradients
 
 
 def apply_gradients(
