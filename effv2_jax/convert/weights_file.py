@@ -22,6 +22,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,11 @@ def _parse_header(path: Path, metadata: Mapping[str, str] | None) -> dict[str, A
         )
     if missing:
         raise UserError(f"{path}: its header lacks {', '.join(missing)}; convert or save it again")
+    for key, kind in (("model", str), ("num_classes", int), ("overrides", dict)):
+        if not isinstance(info[key], kind):
+            raise UserError(
+                f"{path}: its header is damaged: {key} is {info[key]!r}, expected {kind.__name__}"
+            )
     return info
 
 
@@ -188,6 +194,10 @@ def _header(path: Path, model: EfficientNet, info: dict[str, Any]) -> dict[str, 
         for key in info
         if key not in (*_TOLD, *_DERIVED)
     ]
+    try:
+        info = {key: _plain(value) for key, value in info.items()}
+    except TypeError as error:
+        problems.append(f"info has what JSON cannot keep: {error}")
     labels, preprocessing = info.get("labels"), info.get("preprocessing")
     if labels is not None and len(labels) != model.num_classes:
         problems.append(f"{len(labels)} labels for {model.num_classes} classes")
@@ -204,7 +214,7 @@ def _header(path: Path, model: EfficientNet, info: dict[str, Any]) -> dict[str, 
         "num_classes": model.num_classes,
         "image_size": info.get("image_size") or get_variant(model.variant).eval_size,
         "preprocessing": preprocessing,
-        "labels": None if labels is None else list(labels),
+        "labels": labels,
         "source": info.get("source"),
         "metrics": info.get("metrics") or {},
         "created_with": {
@@ -212,6 +222,21 @@ def _header(path: Path, model: EfficientNet, info: dict[str, Any]) -> dict[str, 
             **{name: importlib.metadata.version(name) for name in ("jax", "flax")},
         },
     }
+
+
+def _plain(value: Any) -> Any:
+    """Returns the value as JSON keeps it; numbers that are not finite become null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, np.generic | np.ndarray | jax.Array) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"a {type(value).__name__}")
 
 
 def _overrides(model: EfficientNet) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def format_block(spec: BlockSpec) -> str:
         f"r{spec.repeats}_k{spec.kernel}_s{spec.stride}_e{spec.expand}"
         f"_i{spec.in_channels}_o{spec.channels}_c{int(spec.fused)}"
     )
-    return f"{text}_se{spec.se:g}" if spec.se else text
+    return f"{text}_se{spec.se!r}" if spec.se else text  # every digit: reads back as it was
 
 
 def parse_blocks(blocks: Iterable[str | BlockSpec]) -> tuple[BlockSpec, ...]:
