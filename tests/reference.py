@@ -106,3 +106,10 @@ def case_names(case: dict) -> tuple[names_tf.TensorName, ...]:
     if case["kind"] == "head":
         return names_tf.head_names()
     return names_tf.block_names("blocks_3", block_spec(case))
+
+
+def relative_error(found, expected) -> float:
+    """Largest difference, relative to the largest magnitude of the expected array."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    assert found.shape == expected.shape, (found.shape, expected.shape)
+    return float(np.max(np.abs(found - expected)) / max(np.max(np.abs(expected)), 1e-30))

@@ -20,6 +20,18 @@ from effv2_jax.models import lowering
 Array = jax.Array
 Activation = Callable[[Array], Array]
 
+
+def _leaky_relu(x: Array) -> Array:
+    """TensorFlow's slope 0.2, and its gradient 0.2 at 0 (1 in jax.nn.leaky_relu)."""
+    return jnp.where(x > 0, x, 0.2 * x)
+
+
+def _selu(x: Array) -> Array:
+    """With TensorFlow's gradient at 0, that of the linear side (jax.nn.selu: of the other)."""
+    alpha, scale = 1.6732632423543772, 1.0507009873554805  # arXiv:1706.02515
+    return scale * jnp.where(x >= 0, x, alpha * jnp.expm1(jnp.minimum(x, 0)))
+
+
 # Official: utils.py, activation_fn. "gelu" is an addition (the exact form, with erf).
 ACTIVATIONS: dict[str, Activation] = {
     "silu": jax.nn.silu,
@@ -29,8 +41,8 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu": jax.nn.relu,
     "relu6": jax.nn.relu6,
     "elu": jax.nn.elu,
-    "leaky_relu": lambda x: jax.nn.leaky_relu(x, negative_slope=0.2),  # TensorFlow's slope
-    "selu": jax.nn.selu,
+    "leaky_relu": _leaky_relu,
+    "selu": _selu,
     "mish": lambda x: x * jnp.tanh(jax.nn.softplus(x)),
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
 }
