@@ -32,7 +32,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.crop": ("inception", "none"),
     "data.augment": ("none", "randaugment", "autoaugment", "ra_aa"),
     "data.on_corrupt": ("error", "skip"),
-    "data.decoder": ("pillow", "simplejpeg"),
+    "data.decoder": ("pillow", "pillow_draft", "simplejpeg"),
     "data.cache": ("none", "decoded"),
     "train.optimizer": ("rmsprop", "momentum", "sgd", "adam", "adamw"),
     "train.schedule": ("exponential", "cosine", "linear", "constant"),

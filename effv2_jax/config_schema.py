@@ -62,7 +62,8 @@ def base_config() -> ConfigDict:
         "cutout": False,                 # the 'ft' cutout: noise square of a quarter of the size
         "random_erasing": 0.0,           # probability per image
         "on_corrupt": "error",           # error (names the file) or skip (counted and reported)
-        "decoder": "pillow",             # pillow, simplejpeg (extra fast-decode)
+        "decoder": "pillow",             # pillow, pillow_draft (reduced JPEG decoding for
+                                         # training crops), simplejpeg (extra fast-decode)
         "cache": "none",                 # none, decoded: keep decoded images in host memory
         "workers": _int(),               # loader processes; None: by the number of cores
         "threads": 2,                    # decoding threads per process
