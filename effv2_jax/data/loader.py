@@ -126,6 +126,22 @@ def default_workers(source: Source, *, cores: int | None = None) -> int:
     return 0 if source.in_memory or cores <= 4 else min(cores - 2, 16)
 
 
+def _workers(data_config: Any, *, default: int) -> int:
+    """The worker processes of `data.workers`, or the default.
+
+    Raises:
+      UserError: processes and a cache, which would be kept once in each process.
+    """
+    if data_config.workers is None:
+        return default
+    if data_config.workers and data_config.cache == "decoded":
+        raise UserError(
+            f"data.workers: found {data_config.workers} with data.cache='decoded', expected 0: "
+            f"every process would keep its own copy of the pictures"
+        )
+    return data_config.workers
+
+
 def _fitting_workers(workers: int, *, chunk_bytes: int, free_bytes: int | None = None) -> int:
     """So many of the wanted workers as shared memory can carry.
 
@@ -196,9 +212,7 @@ def train_batches(
         process_index=process_index,
         process_count=process_count,
     )
-    workers = data_config.workers
-    if workers is None:
-        workers = default_workers(source)
+    workers = _workers(data_config, default=default_workers(source))
     return Batches(work, workers=workers, threads=data_config.threads)
 
 
@@ -237,7 +251,6 @@ def eval_batches(
         process_index=process_index,
         process_count=process_count,
     )
-    workers = data_config.workers
-    if workers is None:
-        workers = default_workers(source) if len(source) >= _EVAL_WORKERS_FROM else 0
+    default = default_workers(source) if len(source) >= _EVAL_WORKERS_FROM else 0
+    workers = _workers(data_config, default=default)
     return Batches(work, workers=workers, threads=data_config.threads)

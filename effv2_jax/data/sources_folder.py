@@ -48,8 +48,8 @@ class FolderSource:
           label_names: the classes in order.
         """
         self._root, self._labels = root, labels
-        # One string instead of a million: pickled to every worker process.
-        self._joined = "\n".join(paths)
+        # One string instead of a million: pickled to every worker process. No path holds a NUL.
+        self._joined = "\0".join(paths)
         self._paths: list[str] | None = None
         self._length = len(paths)
         self.label_names = label_names
@@ -63,7 +63,7 @@ class FolderSource:
 
     def __getitem__(self, index: int) -> Example:
         if self._paths is None:
-            self._paths = self._joined.split("\n")
+            self._paths = self._joined.split("\0")
         path = os.path.join(self._root, self._paths[index])
         try:
             with open(path, "rb") as file:

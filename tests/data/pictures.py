@@ -7,7 +7,10 @@ import zlib
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
+
+from effv2_jax.config import base_config
 
 WIDTH, HEIGHT = 96, 64
 
@@ -95,6 +98,22 @@ def class_folders(root: pathlib.Path, counts: dict[str, int]) -> pathlib.Path:
             write_tree(root, {f"{folder}/{i:03d}.png": encode(array)})
             number += 1
     return root
+
+
+def data_config(source: str = "digits", directory: object = "", **changes) -> ConfigDict:
+    """The section `data` of a config for a source, read in this thread."""
+    data = base_config().data
+    data.source, data.dir, data.workers, data.threads = source, str(directory), 0, 0
+    data.update(changes)
+    return data
+
+
+def labels_of(source) -> list:
+    return [source[i].label for i in range(len(source))]
+
+
+def names_of(source) -> list[str]:
+    return [source[i].name for i in range(len(source))]
 
 
 def real_data() -> pathlib.Path:

@@ -5,7 +5,6 @@ import sys
 import numpy as np
 import pytest
 
-from effv2_jax.config import base_config
 from effv2_jax.data import loader
 from effv2_jax.data.cache import DecodedCache
 from effv2_jax.data.decode import decode
@@ -15,6 +14,7 @@ from effv2_jax.data.preprocess import evaluation_image, get_kind
 from effv2_jax.data.sources import open_source
 from effv2_jax.errors import UserError
 from tests.data import pictures
+from tests.data.pictures import data_config as _config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +31,6 @@ class Stage:
 
 # Two stages; batches larger and smaller than the loader's chunk of 32, and no multiple of it.
 STAGES = (Stage(0, 12, 40, 0, 3, 0), Stage(1, 16, 20, 3, 7, 120))
-
-
-def _config(source="digits", directory="", **changes):
-    data = base_config().data
-    data.source, data.dir, data.workers, data.threads = source, str(directory), 0, 0
-    data.update(changes)
-    return data
 
 
 def _batches(data, *, stages=STAGES, seed=0, start=0, stop=7, **hosts):
@@ -283,6 +276,24 @@ def test_a_full_cache_goes_on_without_keeping(tmp_path, caplog):
         assert all(image.shape == (12, 14, 3) for image in images)
     assert len(source._kept) == 2
     assert sum("2 of 5 pictures" in record.message for record in caplog.records) == 1
+
+
+def test_a_cache_in_every_process_is_refused(tmp_path):
+    pictures.class_folders(tmp_path, {"train/a": 2})
+    with pytest.raises(UserError, match=r"data.workers: found 2 with data.cache='decoded'"):
+        _batches(_config("folder", tmp_path, cache="decoded", workers=2))
+
+
+@pytest.mark.real_data
+def test_real_photographs_of_every_shape():
+    data = _config("folder", pictures.real_data() / "ants_bees", threads=2)
+    stage = Stage(0, 96, 122, 0, 2, 0)
+    batches = _batches(data, stages=(stage,), stop=2)
+    assert np.bincount(np.concatenate([batch["label"] for batch in batches])).tolist() == [123, 121]
+    # Photographs are neither black nor flat.
+    assert all(image.std() > 8 for batch in batches for image in batch["image"])
+    source, evaluation = _evaluate(data, batch_size=100, size=96)
+    assert sum(batch["mask"].sum() for batch in evaluation) == len(source) == 153
 
 
 # --- processes, settings, imports --------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The loader with real worker processes. Each takes seconds to start, so they are few."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -13,17 +14,18 @@ from effv2_jax.data.loader import train_batches
 from effv2_jax.data.sources import open_source
 from effv2_jax.errors import UserError
 from tests.data import pictures
-from tests.data.test_loader import STAGES, _assert_equal, _batches, _config
-
-
-@pytest.mark.parametrize("workers", [1, 3])
-def test_worker_processes_change_nothing(workers, undisturbed):
-    _assert_equal(_batches(_config(workers=workers, threads=2)), undisturbed)
+from tests.data.pictures import data_config as _config
+from tests.data.test_loader import STAGES, _assert_equal, _batches
 
 
 @pytest.fixture(scope="module")
 def undisturbed():
     return _batches(_config())
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_worker_processes_change_nothing(workers, undisturbed):
+    _assert_equal(_batches(_config(workers=workers, threads=2)), undisturbed)
 
 
 def test_a_workers_error_reaches_the_user_and_the_workers_end(tmp_path):
@@ -37,6 +39,34 @@ def test_a_workers_error_reaches_the_user_and_the_workers_end(tmp_path):
         list(batches)
     assert not _children()
     assert list(batches) == []
+
+
+class BackendFree:
+    """A source that complains if the process that reads it could take an accelerator."""
+
+    def __init__(self, source):
+        self._source = source
+        self.num_classes, self.label_names = source.num_classes, source.label_names
+        self.in_memory = source.in_memory
+
+    def __len__(self):
+        return len(self._source)
+
+    def __getitem__(self, index):
+        if multiprocessing.parent_process() is None:
+            raise UserError("read in the main process")
+        jax = sys.modules.get("jax")  # Grain imports it
+        if jax and (jax.config.jax_platforms != "cpu"):
+            raise UserError("a worker has an accelerator within reach")
+        return self._source[index]
+
+
+def test_workers_start_no_backend(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "")  # as on a machine with an accelerator
+    data = _config(workers=1)
+    source = BackendFree(open_source(data, "train"))
+    with train_batches(source, STAGES, data, seed=0, start_step=0, stop_step=1) as batches:
+        assert len(list(batches)) == 1
 
 
 def _children():
