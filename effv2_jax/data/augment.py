@@ -257,40 +257,46 @@ def _drawer(
     signed = np.asarray([name in SIGNED for name in (*OPERATIONS, "")])
     rotates = np.asarray([name == "Rotate" for name in (*OPERATIONS, "")])
 
-    def randaugment(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        chosen = jax.random.randint(key, (policy.layers,), 0, len(OPERATIONS))
+    def randaugment(bits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        chosen = _below(len(OPERATIONS), bits[: policy.layers])
         return _fill(chosen, table[chosen], layers)
 
-    def autoaugment(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def autoaugment(bits: jax.Array, chance_bits: jax.Array) -> tuple[jax.Array, jax.Array]:
         pairs = np.asarray([[OPERATIONS.index(op[0]) for op in pair] for pair in AUTOAUGMENT_V0])
         chances = np.asarray([[op[1] for op in pair] for pair in AUTOAUGMENT_V0], np.float32)
         rows = table[-pairs.size :].reshape(*pairs.shape, 2)
-        pair_key, chance_key = jax.random.split(key)
-        pair = jax.random.randint(pair_key, (), 0, len(pairs))
-        applied = jax.random.uniform(chance_key, (2,)) + jnp.asarray(chances)[pair] >= 1
+        pair = _below(len(pairs), bits[0])
+        uniform = (chance_bits[:2] >> 8).astype(jnp.float32) * np.float32(2**-24)
+        applied = uniform + jnp.asarray(chances)[pair] >= 1
         chosen = jnp.where(applied, jnp.asarray(pairs)[pair], IDENTITY)
         return _fill(chosen, rows[pair], layers)
 
     def draw(key: jax.Array) -> _Plan:
-        which_key, operation_key, sign_key, centre_key = jax.random.split(key, 4)
+        # All numbers at once: a call for each would double the time that XLA takes to compile.
+        which, operation, chance, sign, y, x = jax.random.bits(key, (6, layers))
         if policy.name == "ra_aa":
             chosen, arguments = jax.tree.map(
-                lambda a, b: jnp.where(jax.random.bernoulli(which_key), a, b),
-                autoaugment(operation_key),
-                randaugment(operation_key),
+                lambda a, b: jnp.where(_below(2, which[0]) == 0, a, b),
+                autoaugment(operation, chance),
+                randaugment(operation),
             )
         elif policy.uses_randaugment:
-            chosen, arguments = randaugment(operation_key)
+            chosen, arguments = randaugment(operation)
         else:
-            chosen, arguments = autoaugment(operation_key)
-        negative = jax.random.bernoulli(sign_key, shape=(layers,)) & jnp.asarray(signed)[chosen]
+            chosen, arguments = autoaugment(operation, chance)
+        negative = (_below(2, sign) == 1) & jnp.asarray(signed)[chosen]
         # To turn the other way is to negate the sine, Rotate's second argument.
         turned = jnp.asarray(rotates)[chosen]
         negated = negative[:, None] & jnp.stack([~turned, turned], axis=-1)
-        centres = jax.random.randint(centre_key, (layers, 2), 0, jnp.asarray(size))
+        centres = jnp.stack([_below(size[0], y), _below(size[1], x)], axis=-1)
         return chosen, jnp.where(negated, -arguments, arguments), centres
 
     return draw
+
+
+def _below(limit: int, bits: jax.Array) -> jax.Array:
+    """Integers 0..limit-1 from random uint32; uneven by limit / 2**32 at most."""
+    return (bits % np.uint32(limit)).astype(jnp.int32)
 
 
 def _fill(chosen: jax.Array, arguments: jax.Array, layers: int) -> tuple[jax.Array, jax.Array]:

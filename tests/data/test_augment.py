@@ -21,6 +21,7 @@ from effv2_jax.data.policy import (
 from effv2_jax.errors import UserError
 
 DRAWS = 20_000
+BATCH = 24
 
 _augment = jax.jit(augment, static_argnames=("policy", "implementation"))
 
@@ -29,7 +30,7 @@ def _keys(count, seed=0):
     return jax.random.split(jax.random.key(seed), count)
 
 
-def _images(count=24, height=24, width=28):
+def _images(count=BATCH, height=24, width=28):
     random = np.random.RandomState(0)
     coarse = random.randint(0, 256, (count, height // 4, width // 4, 3)).astype(np.uint8)
     return coarse.repeat(4, axis=1).repeat(4, axis=2)
@@ -47,35 +48,40 @@ def _assert_share(share, expected, count=DRAWS):
     assert abs(share - expected) < 5 * np.sqrt(expected * (1 - expected) / count)
 
 
-@pytest.mark.parametrize("name", POLICIES)
-def test_both_implementations_give_the_same_bits(name):
-    policy = make_policy(name, layers=3)
-    images, keys = _images(), _keys(24)
+def test_all_implementations_give_the_same_bits():
+    policy = make_policy("ra_aa", layers=3)
+    images, keys = _images(), _keys(BATCH)
     results = [
         np.asarray(_augment(images, keys, policy.table(11.5), policy=policy, implementation=way))
         for way in ("map", "batch", "auto")
     ]
     np.testing.assert_array_equal(results[0], results[1])
     np.testing.assert_array_equal(results[0], results[2])
-    changed = np.any(results[0] != images, axis=(1, 2, 3)).mean()
-    assert changed == 0 if name == "none" else changed > 0.5
+    assert np.any(results[0] != images, axis=(1, 2, 3)).mean() > 0.5
+
+
+def test_policy_none_and_no_layers_change_nothing():
+    images, keys = _images(), _keys(BATCH)
+    for policy in (make_policy("none"), make_policy("randaugment", layers=0)):
+        assert augment(images, keys, policy.table(9.0), policy) is images
 
 
 def test_an_image_depends_on_its_key_alone():
-    policy = make_policy("randaugment")
-    images, keys, table = _images(), _keys(24), policy.table(9.0)
-    whole = _augment(images, keys, table, policy=policy)
+    policy = make_policy("ra_aa", layers=3)
+    images, keys, table = _images(), _keys(BATCH), policy.table(9.0)
+    whole = np.asarray(_augment(images, keys, table, policy=policy, implementation="auto"))
     order = np.asarray([5, 3, 20, 7])
-    part = _augment(images[order], keys[order], table, policy=policy)
-    np.testing.assert_array_equal(part, np.asarray(whole)[order])
-    same = _augment(np.repeat(images[:1], 24, axis=0), keys, table, policy=policy)
-    assert len(np.unique(np.asarray(same).reshape(24, -1), axis=0)) > 12
+    part = _augment(images[order], keys[order], table, policy=policy, implementation="auto")
+    np.testing.assert_array_equal(part, whole[order])
+    alike = np.repeat(images[:1], BATCH, axis=0)
+    same = _augment(alike, keys, table, policy=policy, implementation="auto")
+    assert len(np.unique(np.asarray(same).reshape(BATCH, -1), axis=0)) > BATCH // 2
 
 
 def test_result_does_not_depend_on_the_number_of_devices():
-    policy = make_policy("ra_aa")
-    images, keys, table = _images(), _keys(24), policy.table(9.0)
-    expected = _augment(images, keys, table, policy=policy)
+    policy = make_policy("ra_aa", layers=3)
+    images, keys, table = _images(), _keys(BATCH), policy.table(9.0)
+    expected = _augment(images, keys, table, policy=policy, implementation="auto")
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:4]), ("data",))
     split, same = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
     sharded = jax.shard_map(
@@ -90,7 +96,7 @@ def test_result_does_not_depend_on_the_number_of_devices():
 
 def test_another_magnitude_needs_no_new_program():
     policy = make_policy("randaugment")
-    images, keys = _images(8), _keys(8)
+    images, keys = _images(4), _keys(4)
     traces = []
 
     @jax.jit
@@ -203,7 +209,7 @@ def test_other_impossible_arguments_are_refused():
     with pytest.raises(UserError, match="-1 layers"):
         make_policy("randaugment", layers=-1)
     with pytest.raises(UserError, match="implementation is 'vmap'"):
-        augment(_images(1), _keys(1), policy.table(5.0), policy, "vmap")
+        _augment(_images(1), _keys(1), policy.table(5.0), policy=policy, implementation="vmap")
     with pytest.raises(UserError, match=r"shape \(66, 2\).*\(16, 2\)"):
         augment(_images(1), _keys(1), make_policy("ra_aa").table(5.0), policy)
 
