@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
     # A name of its own per writer: two that write the same file at once do not mix their bytes.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
+        temporary.chmod(mode)  # who wrote it may have replaced it by one that others cannot read
         _flush_to_disk(temporary)
         os.replace(temporary, path)
     except BaseException:

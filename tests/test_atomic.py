@@ -40,7 +40,10 @@ def test_value_that_json_cannot_hold_leaves_the_old_file(tmp_path):
 
 
 def test_others_may_read_the_file_as_the_umask_says(tmp_path):
-    write_json(tmp_path / "a.json", 1)
-    (tmp_path / "plain").write_text("")
-    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("a.json", "plain")]
+    """Also when the writer makes a file of its own, as safetensors does, for itself alone."""
+    (tmp_path / "usual").write_text("")
+    with replacing(tmp_path / "new") as temporary:
+        (tmp_path / "private").touch(mode=0o600)
+        (tmp_path / "private").rename(temporary)
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("usual", "new")]
     assert modes[0] == modes[1]

@@ -223,19 +223,16 @@ def _mark_best(axes: Sequence[Axes], panels: Sequence[tuple], run: Run) -> None:
         colour = _EMA if key == "ema_top1" else _RAW
         axis.plot([epoch], [value], "o", color=colour, markersize=7, markeredgecolor="white",
                   markeredgewidth=1.2, zorder=5)  # fmt: skip
-        low, high = axis.get_ylim()
-        above = value < (low + high) / 2
-        left = epoch > 0.8 * axis.get_xlim()[1]
+        share = epoch / axis.get_xlim()[1]
         axis.annotate(
             f"best {100 * value:.2f}%",
             (epoch, value),
-            xytext=(-8 if left else 8, 8 if above else -17),
+            xytext=(0, 8),
             textcoords="offset points",
-            ha="right" if left else "left",
+            ha="right" if share > 0.94 else "left" if share < 0.06 else "center",
             color=colour,
             fontsize=9.5,
             fontweight="bold",
-            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 1},
             zorder=6,
         )
 
@@ -315,9 +312,11 @@ def _limit(axis: Axes, name: str) -> None:
         high = min(high, 1.15 * values[int(0.99 * (len(values) - 1))])
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 0.05
     floor = 0.0 if low >= 0 else -math.inf
-    axis.set_ylim(max(floor, low - margin), high + margin)
+    # Above top-1 there is room for the name of the best, but no tick over 100%.
+    axis.set_ylim(max(floor, low - margin), high + (2.5 if name == "top-1" else 1) * margin)
     if name == "top-1":
-        axis.set_ylim(top=min(high + margin, 1.0 + margin / 2))
+        ticks = MaxNLocator(6).tick_values(axis.get_ylim()[0], min(1.0, high + margin))
+        axis.set_yticks([tick for tick in ticks if axis.get_ylim()[0] <= tick <= 1])
 
 
 def _running_mean(values: Sequence[float], *, window: int) -> list[float]:
