@@ -48,6 +48,10 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
+# TensorFlow's (the odd pixel of stride 2 at the bottom and right), PyTorch's (k - 1) // 2.
+PADDINGS = ("SAME", "SYMMETRIC")
+
+
 def get_activation(name: str) -> Activation:
     """Returns an activation function by name; "" is silu, as None in the official code.
 
@@ -97,15 +101,10 @@ def _dense_init(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
 
 def _pads(kernel_size: int, padding: str) -> str | tuple[tuple[int, int], tuple[int, int]]:
     """The padding as `lowering` takes it."""
-    if padding == "SAME":
-        return "SAME"
     if padding == "SYMMETRIC":
         side = ((kernel_size - 1) // 2,) * 2
         return (side, side)
-    raise UserError(
-        f"padding is {padding!r}; expected 'SAME' (TensorFlow: the odd pixel at the bottom and "
-        "right) or 'SYMMETRIC' (PyTorch: (k - 1) // 2 on every side)"
-    )
+    return padding
 
 
 class Conv(nn.Module):

@@ -17,7 +17,7 @@ import numpy as np
 
 from effv2_jax.errors import UserError
 from effv2_jax.models import blocks as block_modules
-from effv2_jax.models import layers
+from effv2_jax.models import layers, lowering
 from effv2_jax.models.block_spec import BlockSpec, expand_blocks, parse_blocks, round_channels
 from effv2_jax.models.variants import get_variant
 
@@ -305,14 +305,24 @@ def _check(model: EfficientNet) -> None:
     layers.get_activation(model.activation)
     _ = model.block_specs
     for key, low, high in (
-        ("num_classes", 0, None), ("width", 0, None), ("depth", 0, None), ("feature_size", 1, None),
-        ("dropout_rate", 0, 1), ("bn_momentum", 0, 1), ("bn_epsilon", 0, None),
+        ("num_classes", 0, None),
+        ("width", 1e-3, None),
+        ("depth", 1e-3, None),
+        ("feature_size", 1, None),
+        ("dropout_rate", 0, 1),
+        ("survival_prob", 0, 1),
+        ("bn_momentum", 0, 1),
+        ("bn_epsilon", 0, None),
         ("bn_group_size", 0, None),
-    ):  # fmt: skip
+    ):
         value = getattr(model, key)
         if value < low or (high is not None and value > high):
             bound = f"between {low} and {high}" if high is not None else f"at least {low}"
             raise UserError(f"model.{key} is {value}; expected {bound}")
+    for key, valid in (("padding", layers.PADDINGS), ("lowering", lowering.IMPLEMENTATIONS)):
+        value = getattr(model, key)
+        if value not in valid:
+            raise UserError(f"model.{key} is {value!r}; expected one of {', '.join(valid)}")
 
 
 def init_variables(model: EfficientNet, seed: int, image_size: int = 32) -> dict[str, dict]:
