@@ -33,8 +33,8 @@ def make_schedule(
     Args:
       kind: exponential (a staircase), cosine, linear or constant.
       learning_rate: at step 0 without warm-up; already scaled by the batch size.
-      total_steps: length of the run in base steps; may have a fraction. Past it, cosine rises
-        again and linear goes on to the floor, as officially.
+      total_steps: length of the run in base steps; may have a fraction. Past it, which no
+        run goes, cosine rises again and linear falls below 0 if there is no floor, as officially.
       steps_per_epoch: may have a fraction.
       warmup_epochs: int(warmup_epochs * steps_per_epoch) steps.
       min_learning_rate: scaled as learning_rate.
@@ -70,17 +70,27 @@ def _learning_rate(
     step = jnp.asarray(step, jnp.float32)
     initial = jnp.float32(initial)
     if kind == "exponential":
-        stairs = jnp.floor(step / jnp.float32(decay_steps))
+        stairs = jnp.floor(_divide(step, decay_steps))
         rate = initial * jnp.power(jnp.float32(decay_factor), stairs)
     elif kind == "cosine":
-        rate = 0.5 * initial * (1 + jnp.cos(jnp.pi * step / jnp.float32(total_steps)))
+        rate = 0.5 * initial * (1 + jnp.cos(_divide(jnp.pi * step, total_steps)))
     elif kind == "linear":
-        rate = initial * (1 - step / jnp.float32(total_steps))
+        rate = initial * (1 - _divide(step, total_steps))
     elif kind == "constant":
         rate = initial
     else:
         raise ValueError(f"schedule {kind!r} is none of {', '.join(KINDS)}")
-    rate = jnp.maximum(rate, jnp.float32(floor))
+    if floor:
+        rate = jnp.maximum(rate, jnp.float32(floor))
     if warmup_steps:
-        rate = jnp.where(step < warmup_steps, initial * step / warmup_steps, rate)
+        rate = jnp.where(step < warmup_steps, _divide(initial * step, warmup_steps), rate)
     return rate
+
+
+def _divide(x: jax.Array, constant: float) -> jax.Array:
+    """Returns x / constant, correctly rounded under jit too.
+
+    Without the barrier XLA multiplies by 1 / constant: 41 / 41 becomes 0.99999994, and a stair
+    of 41 steps would end one step late.
+    """
+    return x / jax.lax.optimization_barrier(jnp.float32(constant))
