@@ -344,7 +344,7 @@ def init_variables(model: EfficientNet, seed: int, image_size: int = 32) -> dict
 
     def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> Array:
         names = [entry.key for entry in path]
-        return jnp.asarray(_initial_value(names, leaf.shape, seed, model.head_bias))
+        return jax.device_put(_initial_value(names, leaf.shape, seed, model.head_bias))
 
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
