@@ -86,7 +86,14 @@ class Batches(Iterator[Batch]):
         return iter(dataset)
 
     def _chunk(self) -> dict[str, Any]:
-        chunk = next(self._chunks)
+        try:
+            chunk = next(self._chunks)
+        except RuntimeError as error:
+            self.close()
+            raise RuntimeError(
+                f"a loader process ended unexpectedly ({error}); if the system killed it for its "
+                f"memory, use fewer data.workers"
+            ) from error
         if "error" in chunk:
             self.close()
             raise UserError(chunk["error"])

@@ -111,6 +111,11 @@ def test_broken_files_are_named(name):
     assert "BytesIO" not in str(caught.value)
 
 
+def test_an_empty_file_is_called_empty():
+    with pytest.raises(CorruptImageError, match=r"\(the file is empty\)"):
+        decode(b"", name="x.jpg")
+
+
 def test_damaged_bytes_never_raise_anything_else():
     rng = np.random.default_rng(0)
     outcomes = set()

@@ -15,30 +15,7 @@ from effv2_jax.data.sources import open_source
 from effv2_jax.errors import UserError
 from tests.data import pictures
 from tests.data.pictures import data_config as _config
-from tests.data.test_loader import STAGES, _assert_equal, _batches
-
-
-@pytest.fixture(scope="module")
-def undisturbed():
-    return _batches(_config())
-
-
-@pytest.mark.parametrize("workers", [1, 3])
-def test_worker_processes_change_nothing(workers, undisturbed):
-    _assert_equal(_batches(_config(workers=workers, threads=2)), undisturbed)
-
-
-def test_a_workers_error_reaches_the_user_and_the_workers_end(tmp_path):
-    pictures.class_folders(tmp_path, {"train/a": 4, "train/b": 4})
-    (tmp_path / "train/b/002.png").write_bytes(b"text")
-    data = _config("folder", tmp_path, workers=1)
-    batches = train_batches(
-        open_source(data, "train"), STAGES, data, seed=0, start_step=0, stop_step=7
-    )
-    with pytest.raises(UserError, match=r"train/b/002.png: cannot decode this image \(not an im"):
-        list(batches)
-    assert not _children()
-    assert list(batches) == []
+from tests.data.test_loader import STAGES, Stage, _assert_equal, _batches
 
 
 class BackendFree:
@@ -61,12 +38,28 @@ class BackendFree:
         return self._source[index]
 
 
-def test_workers_start_no_backend(monkeypatch):
+@pytest.mark.parametrize("workers", [1, 3])
+def test_worker_processes_change_nothing_and_start_no_backend(workers, monkeypatch):
+    data = _config(workers=workers, threads=2)
+    source = open_source(data, "train")
+    expected = _batches(_config())
     monkeypatch.setenv("JAX_PLATFORMS", "")  # as on a machine with an accelerator
-    data = _config(workers=1)
-    source = BackendFree(open_source(data, "train"))
-    with train_batches(source, STAGES, data, seed=0, start_step=0, stop_step=1) as batches:
-        assert len(list(batches)) == 1
+    batches = train_batches(BackendFree(source), STAGES, data, seed=0, start_step=0, stop_step=7)
+    with batches:
+        _assert_equal(list(batches), expected)
+
+
+def test_a_workers_error_reaches_the_user_and_the_workers_end(tmp_path):
+    pictures.class_folders(tmp_path, {"train/a": 4, "train/b": 4})
+    (tmp_path / "train/b/002.png").write_bytes(b"text")
+    data = _config("folder", tmp_path, workers=1)
+    batches = train_batches(
+        open_source(data, "train"), STAGES, data, seed=0, start_step=0, stop_step=7
+    )
+    with pytest.raises(UserError, match=r"train/b/002.png: cannot decode this image \(not an im"):
+        list(batches)
+    assert not _children()
+    assert list(batches) == []
 
 
 def _children():
@@ -86,6 +79,19 @@ def _children():
         if fields[1] == own and fields[0] != "Z" and "resource_tracker" not in command:
             found.append(command)
     return found
+
+
+def test_a_worker_that_is_killed_is_reported():
+    data = _config(workers=1)
+    stages = (Stage(0, 16, 32, 0, 10_000, 0),)
+    batches = train_batches(
+        open_source(data, "train"), stages, data, seed=0, start_step=0, stop_step=10_000
+    )
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match=r"loader process ended .* exit code -9.*data.workers"):
+        list(batches)
 
 
 PROGRAM = """

@@ -235,6 +235,13 @@ def test_crops_stay_inside_and_keep_their_bounds(height, width, low, seed):
     assert box.height * box.width >= low * height * width - 1e-6
 
 
+def test_the_first_attempt_nearly_always_succeeds():
+    # Heights that cannot reach the smallest area are not drawn at all.
+    sampling = CropSampling(area=(0.5, 0.6), attempts=1)
+    boxes = _draw(375, 500, sampling, count=300)
+    assert sum(box == Box(0, 0, 375, 500) for box in boxes) < 30
+
+
 def test_impossible_bounds_give_the_whole_picture():
     sampling = CropSampling(area=(0.9, 1.0), attempts=10)
     assert sample_crop(10, 1000, rng=_rng(), sampling=sampling) == Box(0, 0, 10, 1000)
@@ -311,7 +318,7 @@ def test_the_draft_decoder_never_enlarges(monkeypatch):
         return pixels(self, reduction)
 
     monkeypatch.setattr(EncodedImage, "pixels", spy)
-    data = pictures.jpeg(pictures.photograph(400, 400))
+    data = pictures.jpeg(pictures.photograph(800, 400))
     whole = {"rng": _rng(), "kind": get_kind("v2"), "sampling": None}
     for size, expected in ((300, 1), (201, 1), (200, 2), (101, 2), (100, 4), (50, 8), (20, 8)):
         image = EncodedImage(data, name="x.jpg", decoder="pillow_draft")

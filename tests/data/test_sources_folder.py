@@ -16,7 +16,7 @@ def photos(tmp_path):
     """train/ and val/ with three classes."""
     return pictures.class_folders(
         tmp_path / "photos",
-        {"train/cat": 3, "train/bird": 2, "train/dog": 4, "val/bird": 1, "val/cat": 2},
+        {"train/cat": 3, "train/bird": 2, "train/dog": 4, "val/dog": 1, "val/cat": 2},
     )
 
 
@@ -35,8 +35,8 @@ def test_evaluation_uses_the_training_classes_also_if_it_lacks_one(photos):
     # "validation", the default, also finds val/.
     source = open_source(_config("folder", photos), "eval")
     assert source.label_names == ("bird", "cat", "dog")
-    assert _labels(source) == [0, 1, 1]
-    assert _names(source)[1].endswith("val/cat/000.png")
+    assert _labels(source) == [1, 1, 2]
+    assert _names(source)[2].endswith("val/dog/000.png")
 
 
 def test_sources_survive_pickling(photos):
