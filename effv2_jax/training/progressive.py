@@ -31,6 +31,10 @@ FIRST_MIXUP_ALPHA = 0.0
 FIRST_CUTMIX_ALPHA = 0.0
 FIRST_PAPER_DROPOUT_RATE = 0.1
 
+# Lists of the config, one entry a stage.
+LISTS = ("image_sizes", "epochs", "magnitudes", "dropout_rates")
+LISTS += ("mixup_alphas", "cutmix_alphas", "batch_sizes")
+
 PAPER_STAGES = 4  # section 4.1: "about 87 epochs per stage" of 350
 
 # A configured size up to this one is a factor of the evaluation size (official: main.py).
@@ -126,15 +130,9 @@ def plan_stages(
     Raises:
       UserError: names every key that is wrong, in the config's words.
     """
-    lists = {
-        "image_sizes": tuple(image_sizes),
-        "epochs": tuple(stage_epochs),
-        "magnitudes": tuple(magnitudes),
-        "dropout_rates": tuple(dropout_rates),
-        "mixup_alphas": tuple(mixup_alphas),
-        "cutmix_alphas": tuple(cutmix_alphas),
-        "batch_sizes": tuple(batch_sizes),
-    }
+    given = (image_sizes, stage_epochs, magnitudes, dropout_rates)
+    given += (mixup_alphas, cutmix_alphas, batch_sizes)
+    lists = {name: tuple(values) for name, values in zip(LISTS, given, strict=True)}
     _check_run(num_examples=num_examples, batch_size=batch_size, epochs=epochs, preset=preset)
     n = _count_stages(num_stages, lists)
     if not lists["image_sizes"]:
@@ -155,14 +153,8 @@ def plan_stages(
     lists["batch_sizes"] = lists["batch_sizes"] or (batch_size,) * n
     _check_values(lists)
 
-    ends = _last_examples(
-        lists["epochs"],
-        n,
-        num_examples=num_examples,
-        batch_size=batch_size,
-        epochs=epochs,
-        min_steps=min_steps,
-    )
+    run = {"num_examples": num_examples, "batch_size": batch_size, "epochs": epochs}
+    ends = _last_examples(lists["epochs"], n, min_steps=min_steps, **run)
     stages: list[Stage] = []
     step, example = 0, 0
     for index in range(n):
@@ -223,11 +215,10 @@ def make_stages(config: Any, *, variant: Any, num_examples: int) -> tuple[Stage,
         image_size = resolve_image_size(
             progressive.image_size, eval_size, key="progressive.image_size"
         )
-
-    def given(name: str) -> float:
-        value = progressive[name]
-        return last[name] if value is None else value
-
+    strengths = {
+        name: last[name] if progressive[name] is None else progressive[name]
+        for name in ("magnitude", "dropout_rate", "mixup_alpha", "cutmix_alpha")
+    }
     return plan_stages(
         num_examples=num_examples,
         batch_size=config.train.batch_size,
@@ -237,17 +228,8 @@ def make_stages(config: Any, *, variant: Any, num_examples: int) -> tuple[Stage,
         num_stages=_configured_stages(progressive, variant),
         image_size=image_size,
         min_image_size=progressive.min_image_size,
-        magnitude=given("magnitude"),
-        dropout_rate=given("dropout_rate"),
-        mixup_alpha=given("mixup_alpha"),
-        cutmix_alpha=given("cutmix_alpha"),
-        image_sizes=progressive.image_sizes,
-        stage_epochs=progressive.epochs,
-        magnitudes=progressive.magnitudes,
-        dropout_rates=progressive.dropout_rates,
-        mixup_alphas=progressive.mixup_alphas,
-        cutmix_alphas=progressive.cutmix_alphas,
-        batch_sizes=progressive.batch_sizes,
+        **strengths,
+        **{"stage_epochs" if n == "epochs" else n: progressive[n] for n in LISTS},
     )
 
 
@@ -257,7 +239,7 @@ def schedule_length(config: Any, *, num_examples: int) -> float:
     The official model_fn takes max(min_steps, epochs * images / batch) unrounded, while the run
     stops at the floored integer (official: main.py). progressive.epochs replaces train.epochs.
     """
-    epochs = sum(config.progressive.epochs) or config.train.epochs
+    epochs = math.fsum(config.progressive.epochs) or config.train.epochs
     return max(config.train.min_steps, epochs * num_examples / config.train.batch_size)
 
 
@@ -308,9 +290,7 @@ def _last_values(preset: str, variant: Any) -> dict[str, float]:
 
 def _configured_stages(progressive: Any, variant: Any) -> int | None:
     """Number of stages: the config's, the lists', or what the model has in the official code."""
-    lists = ("image_sizes", "epochs", "magnitudes", "dropout_rates")
-    lists += ("mixup_alphas", "cutmix_alphas", "batch_sizes")
-    if progressive.stages is not None or any(progressive[name] for name in lists):
+    if progressive.stages is not None or any(progressive[name] for name in LISTS):
         return progressive.stages
     if progressive.preset == "none":
         return 1
@@ -348,8 +328,8 @@ def _last_examples(
     if not stage_epochs:
         total = max(min_steps, int(epochs * num_examples // batch_size))
         return [int((i + 1) / n * total) * batch_size for i in range(n)]
-    # fsum, so that (0.1,) * 10 is one epoch and not a step less
-    ends = [math.fsum(stage_epochs[: i + 1]) * num_examples for i in range(n)]
+    # Rounded to a millionth of an example, so that 0.1 + 0.7 epochs do not lose a step.
+    ends = [round(math.fsum(stage_epochs[: i + 1]) * num_examples, 6) for i in range(n)]
     if ends[-1] < min_steps * batch_size:
         raise UserError(
             f"progressive.epochs: the listed epochs are {ends[-1] // batch_size:.0f} steps, fewer "
