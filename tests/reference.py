@@ -113,3 +113,44 @@ def relative_error(found, expected) -> float:
     found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
     assert found.shape == expected.shape, (found.shape, expected.shape)
     return float(np.max(np.abs(found - expected)) / max(np.max(np.abs(expected)), 1e-30))
+
+
+ENDPOINTS = (
+    "stem",
+    *(f"reduction_{i}" for i in range(1, 6)),
+    "features",
+    "head_1x1",
+    "pooled_features",
+)
+
+
+def logits_deviation(logits, expected) -> float:
+    """Root mean square difference / standard deviation of the expected logits."""
+    logits, expected = np.asarray(logits, np.float64), np.asarray(expected, np.float64)
+    assert logits.shape == expected.shape, (logits.shape, expected.shape)
+    return float(np.sqrt(np.mean((logits - expected) ** 2)) / np.std(expected))
+
+
+def endpoint_deviations(name: str, case: str, ends: dict) -> dict[str, float]:
+    """Largest deviation of each endpoint's stored facts, relative to its size.
+
+    The norm relative to itself; mean and corner values to the root mean square of the endpoint.
+
+    Raises:
+      AssertionError: an endpoint has another shape.
+    """
+    stored, out = model_logits(name), {}
+    for end in ENDPOINTS:
+        x = np.asarray(ends[end], np.float64)
+        assert list(x.shape) == list(stored[f"{case}_{end}_shape"]), (end, x.shape)
+        axes = tuple(range(1, x.ndim))
+        norm = stored[f"{case}_{end}_l2"]
+        scale = norm / np.sqrt(x[0].size)
+        found = [np.abs(np.sqrt(np.sum(x**2, axes)) - norm) / norm]
+        found.append(np.abs(x.mean(axes) - stored[f"{case}_{end}_mean"]) / scale)
+        if x.ndim == 4:
+            for corner, values in (("first", x[:, 0, 0, :8]), ("last", x[:, -1, -1, :8])):
+                difference = np.abs(values - stored[f"{case}_{end}_{corner}"])
+                found.append(np.max(difference, 1) / scale)
+        out[end] = float(np.max(found))
+    return out
