@@ -21,6 +21,7 @@ What is added to Orbax here:
 """
 
 import json
+import logging
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -51,7 +52,11 @@ class Checkpoints:
             "ema_top1", or "top1" where that is missing.
         read_only: only `restore`: nothing is cleaned up or set aside, so that a run may be
             writing into the folder meanwhile.
-        say: prints one line about what the user should know.
+        say: prints one line about what the user should know; called by process 0 only.
+
+    Attributes:
+        folder: where they are.
+        say: as given; may be replaced later, by a logger's that knows of the live line.
     """
 
     def __init__(
@@ -64,9 +69,11 @@ class Checkpoints:
         say: Callable[[str], None] = print,
     ) -> None:
         self.folder = Path(folder).absolute()
-        self._say = say
+        self.say = say
         self._read_only = read_only
         self._scores = _Scores(self.folder / "scores.json")
+        if read_only:  # Orbax warns of everything that follows from it
+            logging.getLogger("absl").setLevel(logging.ERROR)
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
@@ -194,10 +201,14 @@ class Checkpoints:
         except Exception as error:
             self._manager.reload()  # Orbax has already struck the one it meant to delete after
             reason = str(error).splitlines()[0]
-            self._say(
+            self._report(
                 f"checkpoint not written ({reason}); the newest usable one is of step "
                 f"{self.latest_step}"
             )
+
+    def _report(self, text: str) -> None:
+        if jax.process_index() == 0:
+            self.say(text)
 
     def _read(self, step: int, template: Any) -> dict[str, np.ndarray]:
         layout = self._manager.restore(
@@ -215,14 +226,14 @@ class Checkpoints:
 
     def _set_aside(self, step: int, problem: str) -> None:
         if self._read_only:
-            self._say(f"checkpoint of step {step} is not used: {problem}")
+            self._report(f"checkpoint of step {step} is not used: {problem}")
             return
         folder = self.folder / str(step)
         if jax.process_index() == 0:
             folder.rename(_unused(folder.with_name(f"{step}.damaged")))
         _everywhere(True)  # nobody reads on before the folder is gone
         self._manager.reload()
-        self._say(f"checkpoint of step {step} is damaged ({problem}): kept as {step}.damaged")
+        self._report(f"checkpoint of step {step} is damaged ({problem}): kept as {step}.damaged")
 
 
 class _Scores:

@@ -91,7 +91,7 @@ def open_workdir(
     Args:
         path: the folder; made if missing.
         config: the complete config of the run.
-        say: prints one line about what the user should know.
+        say: prints one line about what the user should know; called by process 0 only.
 
     Yields:
         The Workdir; it is locked until the end of the block, or of the process.
@@ -195,7 +195,7 @@ def _check_config(path: Path, config: dict[str, Any], say: Callable[[str], None]
             f"{path.parent}: belongs to a run with another config: {'; '.join(refused)}. "
             "Give the same values to continue it, or another --workdir to start anew"
         )
-    if announced:
+    if announced and _is_writer():
         say(f"continuing with a changed config (not bit-equal any more): {'; '.join(announced)}")
     return True
 
