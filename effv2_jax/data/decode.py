@@ -13,7 +13,6 @@ What every decoder here guarantees, whatever the file:
 """
 
 import io
-import warnings
 
 import numpy as np
 from PIL import Image
@@ -44,6 +43,13 @@ def _corrupt(name: str, reason: str) -> CorruptImageError:
         f"{name}: cannot decode this image ({reason}); remove or replace the file, or set "
         f"data.on_corrupt='skip'"
     )
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+    except Exception:  # damaged metadata of a good picture: it is shown as stored
+        return 1
 
 
 def apply_orientation(pixels: np.ndarray, orientation: int) -> np.ndarray:
@@ -98,15 +104,12 @@ class EncodedImage:
             raise _corrupt(name, "the file is empty")
         self._data, self._name, self._decoder = data, name, decoder
         try:
-            with warnings.catch_warnings():
-                # A warning at half the limit would be printed once per worker and help nobody.
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                self._image = Image.open(io.BytesIO(data))
-                self._orientation = int(self._image.getexif().get(_EXIF_ORIENTATION, 1))
+            self._image = Image.open(io.BytesIO(data))
         except MemoryError:
             raise
         except Exception as error:  # whatever a decoder stumbles over, the file is to blame
             raise _corrupt(name, _reason(error)) from error
+        self._orientation = _orientation(self._image)
         self.width, self.height = self._image.size
         if self._orientation in _SWAPPED:
             self.width, self.height = self.height, self.width

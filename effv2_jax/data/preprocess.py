@@ -267,8 +267,8 @@ def training_image(
         crop = _cut(image, box)
     else:
         r = _reduction(box, size) if image.reducible else 1
-        top, left = box.top // r, box.left // r
-        crop = _cut(image.pixels(r), Box(top, left, max(box.height // r, 1), box.width // r))
+        reduced = Box(*(value // r for value in dataclasses.astuple(box)))
+        crop = _cut(image.pixels(r), reduced)
     if kind.bicubic:
         return np.clip(resize_bicubic_v1(crop, (size, size)), 0, 255).astype(np.uint8)
     if fast_resize:

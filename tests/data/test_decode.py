@@ -78,6 +78,18 @@ def test_exif_orientation_is_applied(orientation):
     np.testing.assert_allclose(image.pixels().astype(int), PHOTO, atol=12)
 
 
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0MM\0*\xff\xff\xff\xff", b""])
+def test_damaged_metadata_do_not_spoil_a_good_picture(exif):
+    expected = decode(pictures.jpeg(PHOTO), name="x.jpg")
+    np.testing.assert_array_equal(decode(pictures.jpeg(PHOTO, exif=exif), name="x.jpg"), expected)
+
+
+@pytest.mark.parametrize("value", [0, 9, 65535])
+def test_an_orientation_that_does_not_exist_means_upright(value):
+    data = pictures.jpeg(PHOTO, orientation=value)
+    np.testing.assert_allclose(decode(data, name="x.jpg").astype(int), PHOTO, atol=12)
+
+
 def test_sixteen_bits_are_rounded_to_eight():
     values = np.array([[0, 128, 129, 257, 65535, 65406, 65407]], np.uint16)
     assert decode(pictures.png16(values), name="x.png")[0, :, 0].tolist() == [
