@@ -78,7 +78,12 @@ def test_exif_orientation_is_applied(orientation):
     np.testing.assert_allclose(image.pixels().astype(int), PHOTO, atol=12)
 
 
-@pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0MM\0*\xff\xff\xff\xff", b""])
+# An orientation that is the text "abc": Pillow hands it on.
+TEXT_ORIENTATION = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x04\0\0\0abc\0\0\0\0\0"
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0MM\0*\xff\xff", TEXT_ORIENTATION])
 def test_damaged_metadata_do_not_spoil_a_good_picture(exif):
     expected = decode(pictures.jpeg(PHOTO), name="x.jpg")
     np.testing.assert_array_equal(decode(pictures.jpeg(PHOTO, exif=exif), name="x.jpg"), expected)
