@@ -1,0 +1,1 @@
+"""The networks: architectures as data (`variants`), layers, blocks, the network, its summary."""

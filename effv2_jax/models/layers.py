@@ -231,13 +231,15 @@ class BatchNorm(nn.Module):
 
         axis_name = None if self.is_initializing() else self.axis_name
         groups, device_groups = self._layout(x.shape[0], axis_name)
-        x32 = x.astype(jnp.float32).reshape(groups, -1, *x.shape[1:])
-        mean, var = self._moments(x32, axis_name, device_groups)  # [groups, 1, 1, 1, C]
+        x32 = x.astype(jnp.float32)
+        if groups > 1:
+            x32 = x32.reshape(groups, -1, *x.shape[1:])
+        mean, var = self._moments(x32, axis_name, device_groups)
         if not self.is_initializing() and self.is_mutable_collection("batch_stats"):
-            count = math.prod(x32.shape[1:-1])
+            count = x32.size // (groups * channels[0])
             if axis_name is not None:
                 count *= len(device_groups[0]) if device_groups else lax.axis_size(axis_name)
-            new_mean, new_var = jnp.mean(mean, (0, 1, 2, 3)), jnp.mean(var, (0, 1, 2, 3))
+            new_mean, new_var = (jnp.mean(v.reshape(groups, -1), 0) for v in (mean, var))
             if self.unbiased:
                 new_var = new_var * (count / max(count - 1, 1))
             if axis_name is not None and self.group_size:
@@ -275,13 +277,15 @@ class BatchNorm(nn.Module):
     def _moments(
         self, x: Array, axis_name: str | None, device_groups: list[list[int]] | None
     ) -> tuple[Array, Array]:
-        """Mean and biased variance of [groups, n, H, W, C] over n, H, W and the devices."""
+        """Mean and biased variance of [N, H, W, C], or of every group of [groups, n, H, W, C]."""
+        axes = tuple(range(x.ndim - 4, x.ndim - 1))
 
-        def mean_of(*values: Array) -> Array:
-            stacked = jnp.stack([jnp.mean(v, (1, 2, 3), keepdims=True) for v in values])
+        def mean_of(*values: Array) -> tuple[Array, ...]:
+            means = tuple(jnp.mean(v, axes, keepdims=True) for v in values)
             if axis_name is None or (device_groups and len(device_groups[0]) == 1):
-                return stacked
-            return lax.pmean(stacked, axis_name, axis_index_groups=device_groups)
+                return means
+            # Together: one message per norm.
+            return lax.pmean(means, axis_name, axis_index_groups=device_groups)
 
         if self.two_pass:
             (mean,) = mean_of(x)

@@ -78,7 +78,8 @@ class EfficientNet(nn.Module):
       activation: name in `layers.ACTIVATIONS`.
       dropout_rate: before the classifier, in training; the argument of the call wins.
       survival_prob: of the last block, in training; 0 or 1: every block always survives.
-      survival_fn: (index, count, survival_prob) -> probability of the block.
+      survival_fn: (index, count, survival_prob) -> probability of the block; not asked when
+        survival_prob is 0 or 1.
       bn_momentum: weight of the old moving statistics.
       bn_epsilon: added to variances.
       bn_group_size: examples that share BatchNorm statistics; 0: all of the global batch.
@@ -295,7 +296,7 @@ def create_model(
     }
     fields |= {key: value for key, value in overrides.items() if value is not None}
     fields["blocks"] = parse_blocks(fields["blocks"]) or variant.blocks
-    model = EfficientNet(variant=name, num_classes=num_classes, dtype=dtype, **fields)
+    model = EfficientNet(variant=name, num_classes=num_classes, dtype=jnp.dtype(dtype), **fields)
     _check(model)
     return model
 
@@ -309,7 +310,7 @@ def _check(model: EfficientNet) -> None:
         ("width", 1e-3, None),
         ("depth", 1e-3, None),
         ("feature_size", 1, None),
-        ("dropout_rate", 0, 1),
+        ("dropout_rate", 0, 0.999),
         ("survival_prob", 0, 1),
         ("bn_momentum", 0, 1),
         ("bn_epsilon", 0, None),
