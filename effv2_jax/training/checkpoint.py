@@ -23,6 +23,7 @@ What is added to Orbax here:
 import json
 import logging
 import math
+import os
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -72,8 +73,7 @@ class Checkpoints:
         self.say = say
         self._read_only = read_only
         self._scores = _Scores(self.folder / "scores.json")
-        if read_only:  # Orbax warns of everything that follows from it
-            logging.getLogger("absl").setLevel(logging.ERROR)
+        logging.getLogger("absl").addFilter(_not_of_orbax)
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
@@ -84,7 +84,7 @@ class Checkpoints:
                 enable_async_checkpointing=not read_only,
             ),
             item_handlers={
-                "state": ocp.PyTreeCheckpointHandler(use_compression=False),
+                "state": ocp.PyTreeCheckpointHandler(),
                 "layout": ocp.JsonCheckpointHandler(),
             },
         )
@@ -168,7 +168,7 @@ class Checkpoints:
             except UserError:
                 raise
             except Exception as error:  # whatever Orbax raises for a damaged file
-                problem = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+                problem = _reason(error)
             if _everywhere(problem is None):
                 return _place(arrays, template, sharding)
             self._set_aside(step, problem or "another process could not read it")
@@ -185,10 +185,11 @@ class Checkpoints:
         """Waits for the save in progress.
 
         Raises:
-            Exception: what went wrong in it.
+            UserError: it failed; the checkpoints before it are still there.
         """
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
+        failure = self._failure_of_last_save()
+        if failure:
+            raise UserError(failure)
 
     def close(self) -> None:
         """Waits for the save in progress and ends the writers."""
@@ -196,15 +197,21 @@ class Checkpoints:
         self._manager.close()
 
     def _settle(self) -> None:
+        failure = self._failure_of_last_save()
+        if failure:
+            self._report(failure)
+
+    def _failure_of_last_save(self) -> str | None:
         try:
-            self.wait_until_finished()
-        except Exception as error:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except Exception as error:  # whatever the file system answers
             self._manager.reload()  # Orbax has already struck the one it meant to delete after
-            reason = str(error).splitlines()[0]
-            self._report(
-                f"checkpoint not written ({reason}); the newest usable one is of step "
-                f"{self.latest_step}"
+            return (
+                f"{self.folder}: the last checkpoint was not written ({_reason(error)}); the "
+                f"newest usable one is of step {self.latest_step}"
             )
+        return None
 
     def _report(self, text: str) -> None:
         if jax.process_index() == 0:
@@ -219,8 +226,9 @@ class Checkpoints:
         arrays = self._manager.restore(
             step, args=ocp.args.Composite(state=ocp.args.PyTreeRestore())
         ).state
-        for name, found in _describe(arrays, checksum=True).items():
-            if found != layout["arrays"][name]:
+        found = _describe(arrays, checksum=True)
+        for name, written in layout["arrays"].items():
+            if found.get(name) != written:
                 raise ValueError(f"{name} has another checksum than when it was written")
         return arrays
 
@@ -349,6 +357,18 @@ def _place(arrays: Mapping[str, np.ndarray], template: Any, sharding: Any) -> An
 
     placed = [put(*each) for each in zip(names, leaves, shardings, strict=True)]
     return jax.tree.unflatten(treedef, placed)
+
+
+def _reason(error: Exception) -> str:
+    """Returns the error in one line, of a length that a person reads."""
+    text = (str(error).splitlines() or [""])[0]
+    text = f"{type(error).__name__}: {text}"
+    return text if len(text) <= 160 else f"{text[:70]} ... {text[-80:]}"
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    """Drops what Orbax logs: pages of tracebacks of errors that it raises too, said here once."""
+    return f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
 def _everywhere(ok: bool) -> bool:

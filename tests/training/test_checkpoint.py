@@ -369,6 +369,8 @@ def test_full_disk_is_reported_and_the_older_checkpoint_stays(tmp_path):
     assert run.returncode == 0, run.stderr
     reports = [line for line in run.stdout.splitlines() if "not written" in line]
     assert len(reports) == 1
+    assert "File too large" in reports[0]
+    assert "Traceback" not in run.stderr
     assert "newest usable one is of step 1" in reports[0]
     assert "steps [4]" in run.stdout
 
