@@ -5,6 +5,7 @@ google/automl, efficientnetv2. Imports neither jax nor flax.
 """
 
 import dataclasses
+import decimal
 import itertools
 import math
 import re
@@ -103,7 +104,8 @@ def format_block(spec: BlockSpec) -> str:
         f"r{spec.repeats}_k{spec.kernel}_s{spec.stride}_e{spec.expand}"
         f"_i{spec.in_channels}_o{spec.channels}_c{int(spec.fused)}"
     )
-    return f"{text}_se{spec.se!r}" if spec.se else text  # every digit: reads back as it was
+    # Every digit, and no exponent: the string reads back as it was.
+    return f"{text}_se{decimal.Decimal(repr(spec.se)):f}" if spec.se else text
 
 
 def parse_blocks(blocks: Iterable[str | BlockSpec]) -> tuple[BlockSpec, ...]:
