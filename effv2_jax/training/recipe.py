@@ -127,12 +127,12 @@ def _make_images(data: Any, stages: Sequence[progressive.Stage]) -> Images:
 def make_optimizer(recipe: Recipe, params: optax.Params) -> optimizers.Optimizer:
     """Builds the optimizer for parameters of this structure (arrays or shapes)."""
     optimizer = optimizers.make_optimizer(recipe.optimizer)
+    if recipe.freeze:
+        optimizer = optimizers.only_trainable(optimizer, trainable_mask(recipe, params))
     if recipe.decoupled_weight_decay:
         optimizer = optimizers.decoupled_decay(
             optimizer, recipe.decoupled_weight_decay, mask=decay_mask(recipe, params)
         )
-    if recipe.freeze:
-        optimizer = optimizers.only_trainable(optimizer, trainable_mask(recipe, params))
     return optimizer
 
 
