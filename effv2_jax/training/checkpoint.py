@@ -24,6 +24,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -206,6 +207,9 @@ class Checkpoints:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
         except Exception as error:  # whatever the file system answers
+            if jax.process_index() == 0:  # the unfinished one would keep a full disk full
+                for folder in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                    shutil.rmtree(folder, ignore_errors=True)
             self._manager.reload()  # Orbax has already struck the one it meant to delete after
             return (
                 f"{self.folder}: the last checkpoint was not written ({_reason(error)}); the "

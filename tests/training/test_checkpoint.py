@@ -354,6 +354,7 @@ def test_full_disk_is_reported_and_the_older_checkpoint_stays(tmp_path):
             resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
             checkpoints.save(2, state(2))
             checkpoints.save(3, {"w": jnp.zeros(3)})
+            assert not (checkpoints.folder / "2.orbax-checkpoint-tmp").exists()
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
             checkpoints.save(4, state(4))
             checkpoints.wait_until_finished()
