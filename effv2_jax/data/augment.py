@@ -3,20 +3,16 @@
 Every image has its own typed key; what happens to it depends on that key alone, not on the
 batch, the device or the number of hosts. Each function takes its own stream from the key, so one
 key per image serves all of them.
-
-The choice of one operation in 16 per image is what costs: `vmap` of `lax.switch` runs all 16.
-Hence two implementations with equal results: "map" goes over the images and runs the chosen
-operation only (for CPUs), "batch" applies each of the five kinds of operation to all images once
-and selects (for GPUs and TPUs, where images one after another would leave the device idle).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from effv2_jax.data import augment_ops as ops
+from effv2_jax.data.augment_apply import Plan, apply_operations
+from effv2_jax.data.augment_ops import square
 from effv2_jax.data.policy import (
     AUTOAUGMENT_V0,
     IDENTITY,
@@ -29,7 +25,6 @@ from effv2_jax.errors import UserError
 
 __all__ = [
     "Policy",
-    "apply_operations",
     "augment",
     "finetune_cutout",
     "flip",
@@ -37,13 +32,8 @@ __all__ = [
     "random_erasing",
 ]
 
-IMPLEMENTATIONS = ("auto", "map", "batch")
-
 # Streams of an image's key, one per purpose.
 _FLIP, _POLICY, _CUTOUT, _ERASING = range(4)
-
-# What an image gets: operations int32 [L], arguments float32 [L, 2], centres int32 [L, 2].
-_Plan = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def flip(images: jax.Array, keys: jax.Array) -> jax.Array:
@@ -75,7 +65,7 @@ def augment(
       table: `policy.table(magnitude)`, float32 [rows, 2]; passed as a traced array, so that
         another magnitude needs no new program.
       policy: static.
-      implementation: "map", "batch" (see above), or "auto": by the platform that is compiled for.
+      implementation: see `augment_apply`; "auto" goes by the platform that is compiled for.
 
     Returns:
       uint8 [N, H, W, 3]; the same bits from both implementations.
@@ -95,42 +85,6 @@ def augment(
     return apply_operations(
         images, operations, arguments=arguments, centres=centres, implementation=implementation
     )
-
-
-def apply_operations(
-    images: jax.Array,
-    operations: jax.Array,
-    *,
-    arguments: jax.Array,
-    centres: jax.Array,
-    implementation: str = "auto",
-) -> jax.Array:
-    """Applies given operations, L per image, one after the other.
-
-    Args:
-      images: uint8 [N, H, W, 3].
-      operations: int32 [N, L], indices into OPERATIONS, or IDENTITY.
-      arguments: float32 [N, L, 2], see `policy.operation_arguments`.
-      centres: int32 [N, L, 2], row and column of Cutout's square.
-      implementation: as of `augment`.
-
-    Returns:
-      uint8 [N, H, W, 3].
-
-    Raises:
-      UserError: for an unknown implementation.
-    """
-    if implementation not in IMPLEMENTATIONS:
-        raise UserError(
-            f"augment implementation is {implementation!r}, expected one of "
-            f"{', '.join(IMPLEMENTATIONS)}"
-        )
-    inputs = (images, operations, arguments, centres)
-    if implementation == "map":
-        return _apply_map(*inputs)
-    if implementation == "batch":
-        return _apply_batch(*inputs)
-    return jax.lax.platform_dependent(*inputs, cpu=_apply_map, default=_apply_batch)
 
 
 def finetune_cutout(images: jax.Array, keys: jax.Array) -> jax.Array:
@@ -155,7 +109,7 @@ def finetune_cutout(images: jax.Array, keys: jax.Array) -> jax.Array:
         row = jnp.clip(np.arange(height) - (y - pad), 0, 2 * pad - 1)
         column = jnp.clip(np.arange(width) - (x - pad), 0, 2 * pad - 1)
         noise = noise[row[:, None], column[None, :]]
-        return jnp.where(ops.square(height, width, pad=pad, y=y, x=x), noise, image)
+        return jnp.where(square(height, width, pad=pad, y=y, x=x), noise, image)
 
     return _each(one, images, _streams(keys, _CUTOUT)) if pad else images
 
@@ -245,17 +199,16 @@ def _each(function: Callable, images: jax.Array, keys: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(images, keys, cpu=in_turn, default=jax.vmap(function))
 
 
-def _drawer(
-    policy: Policy, table: jax.Array, size: tuple[int, int]
-) -> Callable[[jax.Array], _Plan]:
+def _drawer(policy: Policy, table: jax.Array, size: tuple[int, int]) -> Callable[[jax.Array], Plan]:
     """Makes the function that draws what an image gets, from the image's key.
 
     Official: autoaugment.py distort_image. RandAugment always applies its operations: the
     official code draws a probability and does not use it.
     """
     layers = policy.max_layers
-    signed = np.asarray([name in SIGNED for name in (*OPERATIONS, "")])
-    rotates = np.asarray([name == "Rotate" for name in (*OPERATIONS, "")])
+    names = (*OPERATIONS, "Identity")
+    signed = np.asarray([name in SIGNED for name in names])
+    rotates = np.asarray([name == "Rotate" for name in names])
 
     def randaugment(bits: jax.Array) -> tuple[jax.Array, jax.Array]:
         chosen = _below(len(OPERATIONS), bits[: policy.layers])
@@ -271,7 +224,7 @@ def _drawer(
         chosen = jnp.where(applied, jnp.asarray(pairs)[pair], IDENTITY)
         return _fill(chosen, rows[pair], layers)
 
-    def draw(key: jax.Array) -> _Plan:
+    def draw(key: jax.Array) -> Plan:
         # All numbers at once: a call for each would double the time that XLA takes to compile.
         which, operation, chance, sign, y, x = jax.random.bits(key, (6, layers))
         if policy.name == "ra_aa":
@@ -306,91 +259,3 @@ def _fill(chosen: jax.Array, arguments: jax.Array, layers: int) -> tuple[jax.Arr
         jnp.pad(chosen, (0, extra), constant_values=IDENTITY),
         jnp.pad(arguments, ((0, extra), (0, 0))),
     )
-
-
-def _rank(names: Sequence[str]) -> np.ndarray:
-    """For every operation its index in `names`, or 0 where it is none of them."""
-    names = list(names)
-    return np.asarray([names.index(n) if n in names else 0 for n in (*OPERATIONS, "")])
-
-
-def _is_any(operation: jax.Array, names: Sequence[str]) -> jax.Array:
-    return jnp.asarray(np.asarray([n in names for n in (*OPERATIONS, "")]))[operation]
-
-
-def _matrix(image: jax.Array, operation: jax.Array, arguments: jax.Array) -> jax.Array:
-    """The map of an operation of the affine kind; making all five costs next to nothing."""
-    matrices = jnp.stack([make(image, arguments) for make in ops.MATRICES.values()])
-    return matrices[jnp.asarray(_rank(ops.MATRICES))[operation]]
-
-
-def _apply_map(
-    images: jax.Array, operations: jax.Array, arguments: jax.Array, centres: jax.Array
-) -> jax.Array:
-    kinds = [ops.TABLES, ops.MATRICES, ("Color",), ("Sharpness",), ("Cutout",), ("",)]
-    kind_of = np.asarray([[n in names for names in kinds].index(True) for n in (*OPERATIONS, "")])
-
-    def layer(image: jax.Array, step: _Plan) -> tuple[jax.Array, None]:
-        operation, values, centre = step
-
-        def by_table(image: jax.Array) -> jax.Array:
-            # Through a switch also because XLA would otherwise compute the table per pixel.
-            rank = jnp.asarray(_rank(ops.TABLES))[operation]
-            makers = list(ops.TABLES.values())
-            return ops.apply_table(image, jax.lax.switch(rank, makers, image, values))
-
-        branches = [
-            by_table,
-            lambda image: ops.apply_affine(image, _matrix(image, operation, values)),
-            lambda image: ops.color(image, values[0]),
-            lambda image: ops.sharpness(image, values[0]),
-            lambda image: _cutout(image, values, centre),
-            lambda image: image,
-        ]
-        return jax.lax.switch(jnp.asarray(kind_of)[operation], branches, image), None
-
-    def one(inputs: tuple[jax.Array, _Plan]) -> jax.Array:
-        image, steps = inputs
-        return jax.lax.scan(layer, image, steps)[0]
-
-    return jax.lax.map(one, (images, (operations, arguments, centres)))
-
-
-def _apply_batch(
-    images: jax.Array, operations: jax.Array, arguments: jax.Array, centres: jax.Array
-) -> jax.Array:
-    def tables(image: jax.Array, operation: jax.Array, values: jax.Array) -> jax.Array:
-        made = jnp.stack([make(image, values) for make in ops.TABLES.values()])
-        table = made[jnp.asarray(_rank(ops.TABLES))[operation]]
-        return jnp.where(_is_any(operation, ops.TABLES), table, ops.identity_table())
-
-    def one(
-        image: jax.Array,
-        table: jax.Array,
-        operation: jax.Array,
-        values: jax.Array,
-        centre: jax.Array,
-    ) -> jax.Array:
-        result = ops.apply_table(image, table)
-        changes = [
-            (ops.MATRICES, ops.apply_affine(image, _matrix(image, operation, values))),
-            (("Color",), ops.color(image, values[0])),
-            (("Sharpness",), ops.sharpness(image, values[0])),
-            (("Cutout",), _cutout(image, values, centre)),
-        ]
-        for names, changed in changes:
-            result = jnp.where(_is_any(operation, names), changed, result)
-        return result
-
-    def layer(batch: jax.Array, step: _Plan) -> tuple[jax.Array, None]:
-        operation, values, centre = step
-        # The barrier keeps XLA from computing the tables once per pixel.
-        table = jax.lax.optimization_barrier(jax.vmap(tables)(batch, operation, values))
-        return jax.vmap(one)(batch, table, operation, values, centre), None
-
-    steps = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (operations, arguments, centres))
-    return jax.lax.scan(layer, images, steps)[0]
-
-
-def _cutout(image: jax.Array, values: jax.Array, centre: jax.Array) -> jax.Array:
-    return ops.cutout(image, pad=values[0].astype(jnp.int32), y=centre[0], x=centre[1])

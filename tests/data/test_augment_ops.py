@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from effv2_jax.data import augment_ops as ops
-from effv2_jax.data.augment import apply_operations
+from effv2_jax.data.augment_apply import apply_operations
 from effv2_jax.data.policy import (
     AUTOAUGMENT_V0,
     OPERATIONS,
