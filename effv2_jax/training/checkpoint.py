@@ -20,6 +20,7 @@ What is added to Orbax here:
         checkpoints.save(step, state, {"top1": 0.81, "ema_top1": 0.83})
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -267,7 +268,9 @@ class _Scores:
             return
         self.values[step] = float(score)
         if jax.process_index() == 0:
-            write_json(self._path, {str(k): v for k, v in sorted(self.values.items())})
+            # A full disk must not end the run; the next process then knows one score less.
+            with contextlib.suppress(OSError):
+                write_json(self._path, {str(k): v for k, v in sorted(self.values.items())})
 
 
 class _KeepLastAndBest(checkpoint_managers.PreservationPolicy):

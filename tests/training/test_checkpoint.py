@@ -413,3 +413,25 @@ def test_damaged_scores_lose_only_the_scores(tmp_path):
         assert same_bits(checkpoints.restore(make_state(0)), make_state(1))
         save(checkpoints, 2, top1=0.25)
     assert json.loads((tmp_path / "scores.json").read_text()) == {"2": 0.25}
+
+
+def test_scores_that_cannot_be_written_do_not_end_the_run(checkpoints, monkeypatch):
+    def full(path, value):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("effv2_jax.training.checkpoint.write_json", full)
+    save(checkpoints, 1, top1=0.5)
+    assert checkpoints.best_step == 1
+
+
+def test_reading_while_a_run_writes_changes_nothing(tmp_path, said):
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1)
+        save(checkpoints, 2)
+    damage(tmp_path / "2")
+    (tmp_path / "3.orbax-checkpoint-tmp").mkdir()
+    before = sorted(tmp_path.iterdir())
+    with Checkpoints(tmp_path, read_only=True, say=said.append) as checkpoints:
+        assert same_bits(checkpoints.restore(make_state(0)), make_state(1))
+    assert sorted(tmp_path.iterdir()) == before
+    assert len(said) == 1
