@@ -2,8 +2,10 @@
 
 import dataclasses
 import itertools
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import event, given, settings
@@ -18,7 +20,6 @@ from tests import reference
 
 IMAGENET = 1_256_144  # images of the official training split
 
-# Official data configs, all but imagenet without stages: (image size factor, preset).
 ENTRIES = [
     (model, dataset)
     for model, entries in reference.load_json("schedules.json")["models"].items()
@@ -110,6 +111,22 @@ def test_paper_preset_serves_models_outside_the_table_with_their_own_last_values
     assert [s.image_size for s in stages] == [128, 186, 245, 304]
     assert stages[-1].magnitude == 15
     assert [s.dropout_rate for s in stages] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+
+
+def test_table_in_the_documentation_is_what_runs():
+    text = (Path(__file__).parents[2] / "docs" / "progressive_learning.md").read_text()
+    rows = re.findall(r"^\| (v2-\w+) \| (official|paper) \| (.*) \|$", text, re.MULTILINE)
+    assert len(rows) == 11
+    for model, preset, cells in rows:
+        config = base_config()
+        config.progressive.preset = preset
+        variant = get_variant(f"efficientnet{model}")
+        stages = make_stages(config, variant=variant, num_examples=IMAGENET)
+        expected = [", ".join(str(stage.image_size) for stage in stages)]
+        for name in ("magnitude", "mixup_alpha", "cutmix_alpha", "dropout_rate"):
+            first, last = (f"{getattr(stages[i], name):.3g}" for i in (0, -1))
+            expected.append(first if first == last else f"{first} to {last}")
+        assert cells.split(" | ") == expected, (model, preset)
 
 
 def test_number_of_stages_is_free():
