@@ -23,6 +23,7 @@ from effv2_jax.training import mesh as meshes
 from effv2_jax.training.progressive import Stage, make_stages, resolve_image_size
 from effv2_jax.training.recipe import Recipe, make_recipe
 from effv2_jax.training.step import TrainState, create_state
+from effv2_jax.training.transfer import transfer
 
 _MODEL_OVERRIDES = (
     "width",
@@ -149,8 +150,16 @@ def state_shapes(setup: Setup) -> TrainState:
 
 
 def initial_state(setup: Setup) -> TrainState:
-    """Returns the state before the first step, on the devices of the mesh."""
+    """Returns the state before the first step, on the devices of the mesh.
+
+    Raises:
+        UserError: init.weights names a file that does not fit the network.
+    """
     variables = init_variables(setup.model, setup.config.train.seed, setup.stages[0].image_size)
+    if setup.config.init.weights:
+        variables, told = transfer(variables, setup.model, path=setup.config.init.weights)
+        if jax.process_index() == 0:
+            print(told, flush=True)
     create = jax.jit(
         functools.partial(create_state, setup.recipe), out_shardings=meshes.replicated(setup.mesh)
     )

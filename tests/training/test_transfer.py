@@ -1,0 +1,86 @@
+"""Starting from trained weights: everything is used or named."""
+
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from effv2_jax.config import base_config
+from effv2_jax.convert.weights_file import save_weights
+from effv2_jax.errors import UserError
+from effv2_jax.models.network import create_model, init_variables
+from effv2_jax.training import setup
+from effv2_jax.training.transfer import transfer
+
+
+def _flat(variables):
+    return {
+        name: np.asarray(value)
+        for name, value in traverse_util.flatten_dict(variables, sep="/").items()
+    }
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A weights file of ten classes, and what is in it."""
+    path = tmp_path_factory.mktemp("weights") / "trained.safetensors"
+    model = create_model("testing", 10)
+    variables = init_variables(model, 7, 32)
+    save_weights(path, model, variables)
+    return path, _flat(variables)
+
+
+def test_same_network_takes_every_tensor(trained):
+    path, expected = trained
+    model = create_model("testing", 10)
+    found, told = transfer(init_variables(model, 0, 32), model, path=str(path))
+    found = _flat(found)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+    assert told == f"init: {len(expected)} tensors of {path}"
+
+
+def test_other_number_of_classes_keeps_a_fresh_classifier(trained):
+    path, expected = trained
+    model = create_model("testing", 3)
+    fresh = init_variables(model, 0, 32)
+    found, told = transfer(fresh, model, path=str(path))
+    found, fresh = _flat(found), _flat(fresh)
+    for name in found:
+        source = fresh if name.startswith("params/classifier/") else expected
+        np.testing.assert_array_equal(found[name], source[name], err_msg=name)
+    assert "the classifier is new (3 classes instead of 10)" in told
+
+
+def test_weights_of_another_network_are_refused_by_name(trained):
+    path, _ = trained
+    model = create_model("testing", 10, width=2.0)
+    with pytest.raises(UserError) as error:
+        transfer(init_variables(model, 0, 32), model, path=str(path))
+    message = str(error.value)
+    assert "of another shape" in message
+    assert "params/blocks_0/" in message
+    assert "more of another shape; model.width" in message
+    assert "\n" not in message
+
+
+def test_a_file_that_is_no_weights_file_is_named(tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(b"nothing")
+    model = create_model("testing", 10)
+    with pytest.raises(UserError, match=r"x\.safetensors"):
+        transfer(init_variables(model, 0, 32), model, path=str(path))
+
+
+def test_a_run_starts_from_the_file_and_so_does_its_average(trained, capsys):
+    path, expected = trained
+    config = base_config()
+    config.model.name, config.data.source = "testing", "digits"
+    config.progressive.image_sizes, config.train.batch_size = (16,), 4
+    config.data.augment = "none"
+    config.init.weights = str(path)
+    state = setup.initial_state(setup.prepare(config))
+    assert f"tensors of {path}" in capsys.readouterr().out
+    for tree in ({"params": state.params, "batch_stats": state.batch_stats}, state.ema):
+        for name, value in _flat(tree).items():
+            np.testing.assert_array_equal(value, expected[name], err_msg=name)
