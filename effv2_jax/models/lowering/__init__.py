@@ -89,7 +89,7 @@ def conv2d(
         ValueError: shapes that do not fit, an unknown padding or implementation.
     """
     if x.ndim != 4 or kernel.ndim != 4 or x.shape[3] != kernel.shape[2]:
-        raise ValueError(f"conv2d: x {x.shape} and kernel {kernel.shape}, expected NHWC and HWIO")
+        raise ValueError(f"conv2d: x {x.shape}, kernel {kernel.shape}; expected NHWC and HWIO")
     geometry = make_geometry(x.shape, kernel.shape, stride=stride, padding=padding)
     forms = choose(implementation)
     if geometry.is_pointwise:
@@ -122,7 +122,7 @@ def depthwise_conv2d(
     """
     if x.ndim != 4 or kernel.ndim != 4 or kernel.shape[2:] != (1, x.shape[3]):
         raise ValueError(
-            f"depthwise_conv2d: x {x.shape} and kernel {kernel.shape}, expected NHWC and [k, k, 1, C]"
+            f"depthwise_conv2d: x {x.shape}, kernel {kernel.shape}; expected NHWC and [k, k, 1, C]"
         )
     geometry = make_geometry(x.shape, kernel.shape, stride=stride, padding=padding)
     return choose(implementation).depthwise(x, kernel, geometry)

@@ -6,6 +6,7 @@ convolutions, the input gradient at stride 2, and the gradient of the kernel.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jax import lax
 
 from effv2_jax.models.lowering import plain
 from effv2_jax.models.lowering.geometry import Axis, Geometry
-from effv2_jax.models.lowering.windows import interleave, pad_image, sum_type, window
+from effv2_jax.models.lowering.windows import interleave, materialize, pad_image, sum_type, window
 
 _CHUNK = 256  # rows per product of `outer_sum`'s batched form
 
@@ -25,7 +26,7 @@ def pointwise(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
 
 
 def dense(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
-    """x [N, H, W, C], kernel [k, k, C, O] -> [N, H', W', O]."""
+    """Dense convolution of x [N, H, W, C] with kernel [k, k, C, O]: [N, H', W', O]."""
     if not geometry.has_own_forms or geometry.rows.kernel < 2 or geometry.columns.kernel < 2:
         return plain.dense(x, kernel, geometry)
     return _dense(x, kernel, geometry)
@@ -40,6 +41,9 @@ def _pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def _pointwise_forward(
     x: jax.Array, kernel: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    if _outer_sum_form(math.prod(x.shape[:3]), *kernel.shape[2:]) == "transposed":
+        # Otherwise x is computed a second time for its transposition, in strides.
+        x = materialize(x)
     return _pointwise(x, kernel), (x, kernel)
 
 
@@ -47,6 +51,7 @@ def _pointwise_backward(
     residuals: tuple[jax.Array, jax.Array], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = residuals
+    dy = materialize(dy)
     dx = (_pixels(dy) @ kernel[0, 0].astype(dy.dtype).T).reshape(x.shape)
     gradient = outer_sum(_pixels(x), _pixels(dy))
     return dx, gradient.reshape(kernel.shape).astype(kernel.dtype)
@@ -155,8 +160,8 @@ def outer_sum(x: jax.Array, dy: jax.Array) -> jax.Array:
     """
     rows, channels = x.shape
     wide = sum_type(x)
-    if channels <= 96 and rows >= 4096 and rows % _CHUNK == 0:
-        # A batch of short products that stay in the cache.
+    form = _outer_sum_form(rows, channels, dy.shape[1])
+    if form == "chunks":
         parts = lax.dot_general(
             x.reshape(-1, _CHUNK, channels),
             dy.reshape(-1, _CHUNK, dy.shape[1]),
@@ -164,10 +169,17 @@ def outer_sum(x: jax.Array, dy: jax.Array) -> jax.Array:
             preferred_element_type=wide,
         )
         return parts.sum(0)
-    if channels > dy.shape[1]:
+    if form == "transposed":
         # The barrier keeps XLA from folding the transposition back into the product.
         return lax.dot(lax.optimization_barrier(x.T), dy, preferred_element_type=wide)
     return lax.dot_general(x, dy, (((0,), (0,)), ((), ())), preferred_element_type=wide)
+
+
+def _outer_sum_form(rows: int, channels: int, filters: int) -> str:
+    """Chooses how `outer_sum` computes, by the shapes of its operands."""
+    if channels <= 96 and rows >= 4096 and rows % _CHUNK == 0:
+        return "chunks"  # a batch of short products that stay in the cache
+    return "transposed" if channels > filters else "product"
 
 
 def _pixels(x: jax.Array) -> jax.Array:

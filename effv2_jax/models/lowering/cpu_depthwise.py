@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from effv2_jax.models.lowering import plain
 from effv2_jax.models.lowering.geometry import Geometry
-from effv2_jax.models.lowering.windows import interleave, pad_image, sum_type, window
+from effv2_jax.models.lowering.windows import interleave, materialize, pad_image, sum_type, window
 
 # The kernel gradient adds this many rows in one expression. Taller images are cut into bands,
 # since the size of the program grows with the rows: 48 costs about a second of compilation.
@@ -21,7 +21,7 @@ _MAX_UNROLLED_ROWS = 48
 
 
 def depthwise(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
-    """x [N, H, W, C], kernel [k, k, 1, C] -> [N, H', W', C]."""
+    """Depthwise convolution of x [N, H, W, C] with kernel [k, k, 1, C]: [N, H', W', C]."""
     if not geometry.has_own_forms:
         return plain.depthwise(x, kernel, geometry)
     return _shifted(x, kernel, geometry)
@@ -35,7 +35,7 @@ def _shifted(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
     for i in range(rows.kernel):
         for j in range(columns.kernel):
             total += window(padded, geometry, i, j).astype(total.dtype) * _tap(kernel, i, j, x)
-    return total.astype(x.dtype)
+    return materialize(total.astype(x.dtype))
 
 
 def _shifted_forward(
@@ -48,6 +48,7 @@ def _shifted_backward(
     geometry: Geometry, residuals: tuple[jax.Array, jax.Array], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = residuals
+    dy = materialize(dy)
     return _input_gradient(dy, kernel, geometry), _kernel_gradient(x, dy, kernel, geometry)
 
 
@@ -76,7 +77,7 @@ def _input_gradient(dy: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax
                     part = padded[:, top : top + height, left : left + width]
                     total += part.astype(total.dtype) * _tap(kernel, i, j, dy)
             phases.append(total.astype(dy.dtype))
-    return interleave(phases, geometry)
+    return materialize(interleave(phases, geometry))
 
 
 def _kernel_gradient(

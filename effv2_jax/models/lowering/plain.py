@@ -20,10 +20,10 @@ def _convolve(x: jax.Array, kernel: jax.Array, geometry: Geometry, groups: int) 
 
 
 def dense(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
-    """x [N, H, W, C], kernel [k, k, C, O] -> [N, H', W', O]."""
+    """Dense convolution of x [N, H, W, C] with kernel [k, k, C, O]: [N, H', W', O]."""
     return _convolve(x, kernel, geometry, 1)
 
 
 def depthwise(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
-    """x [N, H, W, C], kernel [k, k, 1, C] -> [N, H', W', C]."""
+    """Depthwise convolution of x [N, H, W, C] with kernel [k, k, 1, C]: [N, H', W', C]."""
     return _convolve(x, kernel, geometry, x.shape[3])

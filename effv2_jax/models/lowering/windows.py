@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from effv2_jax.models.lowering.geometry import Geometry
 
@@ -11,6 +12,19 @@ from effv2_jax.models.lowering.geometry import Geometry
 def sum_type(x: jax.Array) -> jnp.dtype:
     """Type that sums over x are kept in: float32 unless x is wider."""
     return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def materialize(x: jax.Array) -> jax.Array:
+    """Returns x, and makes XLA's CPU backend compute it once.
+
+    Left to itself it copies every cheap expression into each of its consumers: whole depthwise
+    convolutions are computed three or four times in a backward pass, and barriers are gone before
+    it fuses. It never copies a division. This one is by a number made of the bits of x that is
+    always 1, which only the code generator behind XLA finds out, and removes.
+    """
+    bits = lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+    one = lax.min(lax.bitwise_or(bits, bits.dtype.type(1)), jnp.ones_like(bits))
+    return x / one.astype(x.dtype)
 
 
 def pad_image(x: jax.Array, padding: tuple[tuple[int, int], tuple[int, int]]) -> jax.Array:
@@ -39,7 +53,7 @@ def interleave(phases: Sequence[jax.Array], geometry: Geometry) -> jax.Array:
         geometry: of the convolution whose input is put together.
 
     Returns:
-        [N, H, W, C]: pixel (h, w) is pixel (h // stride, w // stride) of phase (h % stride, w % stride).
+        [N, H, W, C]: pixel (h, w) is pixel (h // s, w // s) of phase (h % s, w % s), s the stride.
     """
     down, right = geometry.strides
     if down == right == 1:
