@@ -4,7 +4,8 @@ Official: efficientnetv2/datasets.py (google/automl): mixup, cutmix_mask, cutmix
 Mixup: arXiv:1710.09412. CutMix: arXiv:1905.04899. An example's partner is found by reversing the
 batch; with both, the first half gets mixup and the second CutMix, each reversed within itself.
 
-Inside `jax.shard_map` the batch that is reversed is the global one: partners are exchanged
+Inside `jax.shard_map` the batch that is reversed is the global one (the official code, which mixes
+in the input pipeline, reverses each host's): partners are exchanged
 between devices, and an example's random numbers belong to its position in the global batch, so the
 result does not depend on the number of devices.
 """
@@ -92,7 +93,6 @@ def mix(
     first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * local
     position = first + jnp.arange(local)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(position)
-
     samples = _beta_samples(keys, jnp.stack([mixup_alpha, cutmix_alpha]).astype(jnp.float32))
 
     def partners(batch: Batch, parts: int) -> Batch:
