@@ -143,10 +143,12 @@ def memory_warnings(
 
 
 def memory_text(size: int | None) -> str:
-    """Returns "512 MB" or "30.1 GB"."""
+    """Returns "0.5 MB", "512 MB" or "30.10 GB"."""
     if size is None:
         return "memory unknown"
-    return f"{size / 10**6:.0f} MB" if size < 10**9 else f"{size / 10**9:.2f} GB"
+    if size >= 10**9:
+        return f"{size / 10**9:.2f} GB"
+    return f"{size / 10**6:.0f} MB" if size >= 10**7 else f"{size / 10**6:.1f} MB"
 
 
 def _need_text(need: StageMemory) -> str:
