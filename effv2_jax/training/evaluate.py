@@ -51,6 +51,7 @@ class Evaluator:
         self._source, self._data_config = source, data_config
         self._mesh, self._programs = mesh, programs
         self.image_size = image_size
+        self.left_out = 0  # broken pictures in the last evaluation, with data.on_corrupt='skip'
         self.batch_size = _padded(min(batch_size, max(1, len(source))), mesh.size)
         self._jitted = jax.jit(eval_step)
 
@@ -128,6 +129,7 @@ class Evaluator:
                     f"evaluation counted {count} examples of {len(self._source)}: each must count "
                     "exactly once"
                 )
+            self.left_out = len(self._source) - count
             for name in SUMS:
                 means[prefix + name] = sums[name] / count if count else math.nan
         return means

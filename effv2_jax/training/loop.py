@@ -66,13 +66,13 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
 
 
 def evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
-    """Evaluates the file init.weights, or else the newest checkpoint of the workdir.
+    """Evaluates the newest checkpoint of the workdir or, without one, the file init.weights.
 
     Reads only: a run may be training in the workdir meanwhile.
 
     Args:
         config: complete; data and eval say what is evaluated and how.
-        workdir: folder of a run; not needed for init.weights.
+        workdir: folder of a run; for init.weights one that does not exist.
 
     Returns:
         The metrics: loss, top1, top5 and, of a checkpoint, ema_loss, ema_top1, ema_top5.
@@ -83,13 +83,18 @@ def evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     validate(config)
     enable_compilation_cache(config.runtime.compilation_cache)
     parts = setup.prepare(config)
-    if config.init.weights:
+    state = _from_checkpoint(parts, Path(workdir))
+    if state is not None:
+        weights = setup.evaluated_variables(config, state)
+        name = f"checkpoint of step {int(state.step)}"
+    elif config.init.weights:
         parts, weights = _from_file(parts)
         name = config.init.weights
     else:
-        state = _from_checkpoint(parts, Path(workdir))
-        weights = setup.evaluated_variables(config, state)
-        name = f"checkpoint of step {int(state.step)}"
+        raise UserError(
+            f"--workdir {workdir}: no checkpoint to evaluate; train there first, or name a weights "
+            "file with --config.init.weights=FILE"
+        )
     with Programs(background=False) as programs:
         evaluator = Evaluator(
             make_eval_step(parts.mesh_model, parts.recipe, mesh=parts.mesh),
@@ -127,16 +132,10 @@ def _from_file(parts: setup.Setup) -> tuple[setup.Setup, dict[str, Any]]:
     return parts, {"": meshes.put_replicated(variables, parts.mesh)}
 
 
-def _from_checkpoint(parts: setup.Setup, workdir: Path) -> TrainState:
+def _from_checkpoint(parts: setup.Setup, workdir: Path) -> TrainState | None:
     folder = workdir / "checkpoints"
     if not folder.is_dir():
-        raise UserError(
-            f"--workdir {workdir}: no checkpoints to evaluate; train there first, or name a "
-            "weights file with --config.init.weights=FILE"
-        )
+        return None
     with Checkpoints(folder, read_only=True) as checkpoints:
         sharding = meshes.replicated(parts.mesh)
-        state = checkpoints.restore(setup.state_shapes(parts), sharding=sharding)
-    if state is None:
-        raise UserError(f"{folder}: no complete checkpoint yet; wait for one")
-    return state
+        return checkpoints.restore(setup.state_shapes(parts), sharding=sharding)

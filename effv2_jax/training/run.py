@@ -108,7 +108,7 @@ class Run:
                 tensorboard=self._config.runtime.tensorboard,
             )
         )
-        batches = train_batches(
+        self._pictures = train_batches(
             parts.train_source,
             parts.stages,
             self._config.data,
@@ -119,7 +119,7 @@ class Run:
             process_count=jax.process_count(),
         )
         self._batches = self._stack.enter_context(
-            to_device(batches, meshes.batch_sharding(mesh), depth=self._config.data.prefetch)
+            to_device(self._pictures, meshes.batch_sharding(mesh), depth=self._config.data.prefetch)
         )
 
     def __enter__(self) -> "Run":
@@ -139,8 +139,10 @@ class Run:
         if self.step:
             say(f"continuing after step {self.step}")
         first = stage_at(parts.stages, self.step)
+        say("compiling the first step (a moment if it is in the compilation cache)")
         program = self._steps.get(first.image_size, first.batch_size)
-        if program.seconds < _CHEAP_SECONDS:
+        # Asked of one process: all must compile in the same order, they may wait for each other.
+        if _from_first_process(program.seconds < _CHEAP_SECONDS):
             for stage in parts.stages[first.index + 1 :]:
                 self._steps.get(stage.image_size, stage.batch_size)
         memory = self._write_plan(state)
@@ -194,6 +196,11 @@ class Run:
         if jax.process_index() == 0:
             products.write_final_weights(self._folder, self._parts, state, self._results)
             products.write_curves(self._folder)
+        if self._pictures.num_skipped:
+            self._logger.say(
+                f"{len(self._pictures.skipped)} broken pictures were replaced by others, "
+                f"{self._pictures.num_skipped} times; the first: {self._pictures.skipped[0]}"
+            )
         seconds = time.monotonic() - self._started
         self._logger.say(products.summary(self._folder, self._results, seconds=seconds))
         return dict(self._results)
@@ -212,6 +219,8 @@ class Run:
             self._save_and_exit(state)
         self._results = results
         self._logger.evaluation(self.step, results)
+        if self._evaluator.left_out:
+            self._logger.say(f"evaluation left out {self._evaluator.left_out} broken pictures")
         self._save(state, results)
 
     def _save(self, state: TrainState, results: Mapping[str, float] | None = None) -> None:

@@ -24,7 +24,8 @@ def test_first_lines_are_the_plan(finished_run):
     assert lines[0] == "model: testing, 4,200 parameters, 10 classes, float32"
     assert lines[1].startswith("data: digits, 1,438 training and 359 evaluation examples")
     assert lines[2] == "devices: 1 x cpu"
-    rows = [line.split() for line in lines[4:7]]
+    assert lines[3].startswith("compiling the first step")
+    rows = [line.split() for line in lines[5:8]]
     assert [row[1:3] for row in rows] == [["16", "px"], ["16", "px"], ["24", "px"]]
     assert [row[4:8] for row in rows] == [
         ["5", "0.1", "0", "0"],
@@ -212,7 +213,7 @@ def test_estimates_are_printed_when_compiling_is_dear(tmp_path, monkeypatch, cap
     monkeypatch.setattr(run.Run, "train_stage", ended)
     with pytest.raises(Ended):
         loop.train(tiny.tiny_config(), tmp_path)
-    table = capsys.readouterr().out.splitlines()[4:8]
+    table = capsys.readouterr().out.splitlines()[5:8]
     assert "~" not in table[0]
     assert "~" not in table[1]  # the program of the first stage
     assert "~" in table[2]
@@ -266,5 +267,5 @@ def test_evaluation_mode_takes_a_weights_file(finished_run, tmp_path):
 
 
 def test_evaluation_mode_without_weights_says_so(tmp_path):
-    with pytest.raises(UserError, match="no checkpoints to evaluate"):
+    with pytest.raises(UserError, match="no checkpoint to evaluate"):
         loop.evaluate(tiny.tiny_config(), tmp_path)
