@@ -42,7 +42,7 @@ _FREE = (
     "train.on_nonfinite",
 )
 # Settings that change the rounding of sums or what is reported, but not what is learned: allowed,
-# and said, because from here on the run is not bit-equal to an undisturbed one.
+# and said, because from here on the numbers are not those of an undisturbed run.
 _ANNOUNCED = ("eval", "model.remat", "model.lowering", "runtime.devices")
 
 
@@ -196,7 +196,8 @@ def _check_config(path: Path, config: dict[str, Any], say: Callable[[str], None]
             "Give the same values to continue it, or another --workdir to start anew"
         )
     if announced and _is_writer():
-        say(f"continuing with a changed config (not bit-equal any more): {'; '.join(announced)}")
+        what = "; ".join(announced)
+        say(f"continuing with a changed config, numbers may differ from here on: {what}")
     return True
 
 
