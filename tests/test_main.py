@@ -172,3 +172,32 @@ def test_wrong_input_is_found_before_jax_is_imported():
     done = _python("-c", code)
     assert done.returncode == 2, done.stderr
     assert done.stderr == "error: config: train.batch_size = 0: expected at least 1\n"
+
+
+def test_a_real_run_stopped_by_a_signal_exits_143_and_continues(tmp_path):
+    arguments = ["-m", "effv2_jax.main", "--config", "configs/digits.py", "--workdir"]
+    arguments += [str(tmp_path / "run"), "--config.train.epochs=9", "--config.eval.every_epochs=9"]
+    arguments += ["--config.progressive.image_sizes=16", "--config.progressive.dropout_rates=0"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        [sys.executable, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+    ) as process:
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if line.startswith("first step done"):
+                process.send_signal(signal.SIGTERM)
+    log = "".join(lines)
+    assert process.returncode == 128 + signal.SIGTERM, log
+    assert lines[0].startswith("tuning: "), log
+    assert not (tmp_path / "run" / "final.safetensors").exists()
+
+    done = _python(*arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("config.json", "plan.json", "metrics.jsonl", "final.safetensors", "curves.png"):
+        assert (tmp_path / "run" / name).is_file(), name
