@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -156,6 +157,7 @@ class EfficientNet(nn.Module):
           float32. With endpoints=True a pair of these and a dict by official names: stem, block_0,
           block_0/expansion_output, ..., reduction_1..5, features, head_1x1, pooled_features, head.
         """
+        chex.assert_rank(images, 4)
         dropout_rate = self.dropout_rate if dropout_rate is None else dropout_rate
         survival_prob = self.survival_prob if survival_prob is None else survival_prob
         specs = self.block_specs
