@@ -148,7 +148,7 @@ class Run:
         memory = self._write_plan(state)
         say(plan.plan_table(parts.stages, memory))
         for warning in plan.memory_warnings(
-            parts.stages, memory, device=parts.mesh.devices.flat[0]
+            parts.stages, memory, device=parts.mesh.local_devices[0]
         ):
             say(warning)
         self._note_compiled(state)
@@ -165,8 +165,8 @@ class Run:
         self._logger.begin_stage(stage)
         with contextlib.closing(trace):
             while self.step < stage.end_step:
-                if self._agree(self._stop.requested):
-                    self._save_and_exit(state)
+                if number := self._agree(self._stop.signal or 0):
+                    self._save_and_exit(state, number)
                 self._batches.data_wait = 0.0
                 batch = next(self._batches)
                 trace.before_step(self.step)
@@ -216,7 +216,7 @@ class Run:
                 stop=lambda: alone and self._stop.requested,
             )
         if results is None:
-            self._save_and_exit(state)
+            self._save_and_exit(state, self._stop.signal)
         self._results = results
         self._logger.evaluation(self.step, results)
         if self._evaluator.left_out:
@@ -238,18 +238,17 @@ class Run:
         if runtime.checkpoint_every_steps and self.step % runtime.checkpoint_every_steps == 0:
             return True
         minutes = (time.monotonic() - self._last_save) / 60
-        return self._agree(
-            minutes >= runtime.checkpoint_every_minutes and not self._checkpoints.busy
-        )
+        due = minutes >= runtime.checkpoint_every_minutes and not self._checkpoints.busy
+        return bool(self._agree(int(due)))
 
-    def _save_and_exit(self, state: TrainState) -> NoReturn:
+    def _save_and_exit(self, state: TrainState, number: int) -> NoReturn:
         self._save(state)
         self._checkpoints.wait_until_finished()
         self._logger.say(
-            f"stopped by signal {self._stop.signal} after step {self.step}; the state is saved, "
+            f"stopped by signal {int(number)} after step {self.step}; the state is saved, "
             "the same command continues"
         )
-        raise SystemExit(self._stop.exit_code)
+        raise SystemExit(128 + number)  # as shells have it
 
     def _look_at_waiting(self) -> None:
         """Fetches the metrics of the last step not looked at, checks and records them."""
@@ -265,7 +264,7 @@ class Run:
             seconds = time.monotonic() - self._started
             self._logger.say(f"first step done after {seconds:.1f} s")
         self._interval.append(values)
-        if step % self._config.runtime.log_every_steps == 0:
+        if step % self._config.runtime.log_every_steps == 0 or step in self._evaluation_steps:
             self._logger.train(step, _interval_means(self._interval))
             self._interval = []
 
@@ -319,18 +318,13 @@ class Run:
                 return {name: record[name] for name in _EVALUATED if name in record}
         return {}
 
-    def _agree(self, wish: bool) -> bool:
-        """Whether any process wishes it; asked of the others at the steps that are logged."""
+    def _agree(self, value: int) -> int:
+        """The largest value of all processes; of several, only at the steps that are logged."""
         if jax.process_count() == 1:
-            return wish
+            return value
         if self.step % self._config.runtime.log_every_steps:
-            return False
-        return bool(np.any(multihost_utils.process_allgather(np.array(wish))))
-
-
-_EVALUATED = tuple(
-    f"{prefix}{name}" for prefix in ("", "ema_") for name in ("loss", "top1", "top5")
-)
+            return 0
+        return int(np.max(multihost_utils.process_allgather(np.array(value))))
 
 
 def _interval_means(interval: list[dict[str, float]]) -> dict[str, float]:

@@ -14,7 +14,7 @@ class StopRequest:
 
         with StopRequest() as stop:
             while not stop.requested: ...
-        if stop.requested: raise SystemExit(stop.exit_code)
+        if stop.requested: raise SystemExit(128 + stop.signal)
     """
 
     def __init__(self) -> None:
@@ -25,11 +25,6 @@ class StopRequest:
     def requested(self) -> bool:
         """Whether a signal came."""
         return self.signal is not None
-
-    @property
-    def exit_code(self) -> int:
-        """128 + the signal's number, as shells have it."""
-        return 128 + (self.signal or 0)
 
     def __enter__(self) -> "StopRequest":
         # Python delivers signals to the main thread only; elsewhere the caller sees to them.

@@ -48,31 +48,50 @@ def tiny_config(**overrides):
     return config
 
 
-def run_in_process(config, workdir, *, die_at=0, signal_number=0, timeout=300):
-    """Trains in a process of its own, which sends itself a signal after a step.
+def start_process(config, workdir, *, die_at=0, signal_number=0, cluster=()):
+    """Starts training in a process of its own, which sends itself a signal after a step.
 
     Args:
       config: the config.
       workdir: of the run.
       die_at: step after which the signal comes; 0: never.
       signal_number: which.
-      timeout: seconds.
+      cluster: (coordinator's address, number of processes, number of this one); (): alone.
+
+    Returns:
+      The `subprocess.Popen`; its standard output has all that is printed.
+    """
+    arguments = [str(value) for value in (workdir, die_at, signal_number, *cluster)]
+    environment = dict(os.environ)
+    if cluster:
+        environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=1"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.training.tiny", *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env=environment,
+    )
+    process.stdin.write(to_json(config))
+    process.stdin.close()
+    process.stdin = None
+    return process
+
+
+def run_in_process(config, workdir, *, die_at=0, signal_number=0, timeout=300):
+    """Runs `start_process` to its end.
 
     Returns:
       Exit code (negative: killed by that signal) and all that was printed.
     """
-    root = Path(__file__).parents[2]
-    process = subprocess.run(
-        [sys.executable, "-m", "tests.training.tiny", workdir, str(die_at), str(signal_number)],
-        input=to_json(config),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=root,
-        timeout=timeout,
-        check=False,
-    )
-    return process.returncode, process.stdout
+    process = start_process(config, workdir, die_at=die_at, signal_number=signal_number)
+    try:
+        printed, _ = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return process.returncode, printed
 
 
 def saved_state(config, workdir):
@@ -111,19 +130,24 @@ def assert_equal_bits(found, expected):
         np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
 
 
-def _child(workdir, die_at, signal_number):
+def _child(workdir, die_at, signal_number, *cluster):
+    import jax
+
+    if cluster:
+        address, count, index = cluster
+        jax.distributed.initialize(address, int(count), int(index))
     from effv2_jax.training import loop, run
 
     counted = run.MetricsLogger.step
 
     def step(self, step, **waits):
         counted(self, step, **waits)
-        if step == die_at:
-            os.kill(os.getpid(), signal_number)
+        if step == int(die_at):
+            os.kill(os.getpid(), int(signal_number))
 
     run.MetricsLogger.step = step
     loop.train(from_json(sys.stdin.read()), workdir)
 
 
 if __name__ == "__main__":
-    _child(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    _child(*sys.argv[1:])
