@@ -35,11 +35,13 @@ def get_config() -> ConfigDict:
     config.data.augment = "none"
 
     config.train.batch_size = 64
-    config.train.optimizer = "momentum"
+    # After 5 epochs at 64 px AdamW is at 39 %, RMSProp (0.032, L2 1e-5) at 30 %.
+    config.train.optimizer = "adamw"
     config.train.schedule = "cosine"
-    config.train.learning_rate = 0.3  # for 256 images
-    config.train.warmup_epochs = 3.0
-    config.train.weight_decay = 2e-4
+    config.train.learning_rate = 0.004  # for 256 images
+    config.train.warmup_epochs = 2.0
+    config.train.weight_decay = 0.0
+    config.train.decoupled_weight_decay = 0.05
     config.train.ema_decay = 0.999
     config.train.label_smoothing = 0.1
 
