@@ -27,20 +27,29 @@ def evaluation_steps(
 ) -> frozenset[int]:
     """Returns after which steps to evaluate: every so many epochs, and at each stage's end.
 
+    An evaluation less than a quarter of the distance from a stage's end is left out.
+
     Args:
         stages: of the run.
         num_examples: training examples in an epoch.
         every_epochs: 0: at the ends of the stages only.
     """
-    steps = {stage.end_step for stage in stages}
+    ends = {stage.end_step for stage in stages}
+    if every_epochs <= 0:
+        return frozenset(ends)
+    every = every_epochs * num_examples  # examples between two evaluations
+    steps = set(ends)
     for stage in stages:
-        if every_epochs <= 0:
-            break
-        every = every_epochs * num_examples  # examples between two evaluations
-        last = stage.first_example + stage.steps * stage.batch_size
-        for count in range(int(stage.first_example // every) + 1, int(last // every) + 1):
-            after = math.ceil((count * every - stage.first_example) / stage.batch_size)
-            steps.add(stage.start_step + max(1, after))
+        examples = stage.steps * stage.batch_size
+        first = int(stage.first_example // every) + 1
+        last = int((stage.first_example + examples) // every)
+        for count in range(first, last + 1):
+            past = count * every - stage.first_example  # examples of this stage until then
+            # The ends of the stages before and of this one are evaluated: not twice in a row.
+            after_end = stage.index > 0 and past < every / 4
+            before_end = examples - past < every / 4
+            if not (after_end or before_end):
+                steps.add(stage.start_step + math.ceil(past / stage.batch_size))
     return frozenset(steps)
 
 

@@ -54,8 +54,8 @@ def test_every_step_is_recorded_once_with_its_stage(finished_run):
 
 def test_evaluations_are_recorded_and_the_last_is_the_result(finished_run):
     evals = [r for r in tiny.records(finished_run.workdir) if r["split"] == "eval"]
-    # every 0.1 epochs (9 and 18 steps), and at each stage's end
-    assert [r["step"] for r in evals] == [8, 9, 16, 18, 24]
+    # every 0.06 epochs (5.4 steps), and at each stage's end
+    assert [r["step"] for r in evals] == [6, 8, 11, 16, 22, 24]
     for name, value in finished_run.results.items():
         assert evals[-1][name] == pytest.approx(value)
     assert set(finished_run.results) == {

@@ -78,6 +78,11 @@ def test_stage_that_does_not_fit_is_warned_of():
 def test_evaluations_are_at_epochs_and_at_ends_of_stages():
     steps = plan.evaluation_steps(STAGES, num_examples=1000, every_epochs=1.5)
     assert sorted(steps) == [150, 200, 300, 400]
+    # Stages of 2 epochs: the evaluations of epochs 1.9 and 2.1 would adjoin that of the end.
+    steps = plan.evaluation_steps(STAGES, num_examples=1000, every_epochs=0.95)
+    assert sorted(steps) == [95, 200, 285, 400]
+    steps = plan.evaluation_steps(STAGES, num_examples=1000, every_epochs=0.7)
+    assert sorted(steps) == [70, 140, 200, 280, 350, 400]
     assert sorted(plan.evaluation_steps(STAGES, num_examples=1000, every_epochs=0)) == [200, 400]
 
 
@@ -88,7 +93,7 @@ def test_evaluations_are_at_epochs_and_at_ends_of_stages():
     every=st.floats(0.05, 3),
     batches=st.lists(st.integers(1, 9), min_size=1, max_size=4),
 )
-def test_no_more_than_every_epochs_pass_without_evaluation(num_examples, epochs, every, batches):
+def test_evaluations_are_at_most_a_quarter_late(num_examples, epochs, every, batches):
     stages = plan_stages(
         num_examples=num_examples, batch_size=batches[0], epochs=epochs, image_size=32,
         batch_sizes=batches, preset="none",
@@ -99,7 +104,7 @@ def test_no_more_than_every_epochs_pass_without_evaluation(num_examples, epochs,
     for stage in stages:
         marks = sorted({s for s in steps if stage.start_step < s <= stage.end_step})
         assert marks[-1] == stage.end_step
-        # An epoch's end within a step counts for that step: one batch more at most.
+        # A quarter, and a batch since an epoch may end within a step, is the most it can be late.
         seen = [stage.start_step, *marks]
         gaps = [(b - a) * stage.batch_size for a, b in itertools.pairwise(seen)]
-        assert max(gaps) <= every * num_examples + stage.batch_size
+        assert max(gaps) <= 1.25 * every * num_examples + stage.batch_size

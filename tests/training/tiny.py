@@ -40,7 +40,7 @@ def tiny_config(**overrides):
     config.progressive.cutmix_alphas = (0.0, 0.2, 0.4)
     config.eval.image_size = 24  # up to 16 it would be a factor
     config.eval.batch_size = 64
-    config.eval.every_epochs = 0.1
+    config.eval.every_epochs = 0.06
     config.runtime.devices = 1
     config.runtime.log_every_steps = 1
     config.runtime.checkpoint_every_steps = 3
