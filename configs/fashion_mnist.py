@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
     config.train.epochs = 12.0
     config.train.optimizer = "momentum"
     config.train.schedule = "cosine"
-    config.train.learning_rate = 0.3  # for 256 pictures
+    config.train.learning_rate = 0.1  # for 256 pictures
     config.train.warmup_epochs = 1.0
     config.train.weight_decay = 1e-4
     config.train.ema_decay = 0.999

@@ -43,7 +43,7 @@ def _scratch(config: ConfigDict) -> None:
     # RMSProp's rates are tuned for 4096 images a step; with few, SGD is the steadier choice.
     config.train.optimizer = "momentum"
     config.train.schedule = "cosine"
-    config.train.learning_rate = 0.3  # for 256 photos
+    config.train.learning_rate = 0.1  # for 256 photos
     config.train.warmup_epochs = 5.0
     config.train.weight_decay = 1e-4
     config.train.ema_decay = 0.999
