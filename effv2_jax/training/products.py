@@ -5,7 +5,6 @@ from typing import Any
 
 from effv2_jax.convert.weights_file import save_weights
 from effv2_jax.data.preprocess import get_kind
-from effv2_jax.report.curves import plot_curves
 from effv2_jax.training.setup import Setup
 from effv2_jax.training.step import TrainState
 from effv2_jax.training.workdir import Workdir
@@ -58,6 +57,8 @@ def preprocessing(kind: str, image_size: int) -> dict[str, Any]:
 
 def write_curves(folder: Workdir) -> None:
     """Draws curves.png from metrics.jsonl."""
+    from effv2_jax.report.curves import plot_curves  # here: matplotlib takes half a second
+
     plot_curves(folder.path)
 
 
