@@ -136,7 +136,7 @@ class Checkpoints:
             False if there is a checkpoint of this step already; its metrics are then noted.
         """
         self._scores.note(step, metrics)
-        self._settle()
+        self.settle()
         if step in self._manager.all_steps():
             return False
         arrays = {name: _to_host(leaf) for name, leaf in _named_leaves(state).items() if leaf.size}
@@ -195,7 +195,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for the save in progress and ends the writers."""
-        self._settle()
+        self.settle()
         self._manager.close()
 
     def _settle(self) -> None:

@@ -6,6 +6,7 @@ continues as if nothing had happened.
 """
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         run.NonFiniteError: the run diverged.
         SystemExit: 128 + signal, after a signal and after the state was saved.
     """
+    started = time.monotonic()
     validate(config)
     enable_compilation_cache(config.runtime.compilation_cache)
     parts = setup.prepare(config)
@@ -56,7 +58,8 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         shapes = setup.state_shapes(parts)
         state = checkpoints.restore(shapes, sharding=meshes.replicated(parts.mesh))
         state = state or setup.initial_state(parts)
-        with Run(parts, folder, checkpoints, stop, start_step=int(state.step)) as run:
+        step = int(state.step)
+        with Run(parts, folder, checkpoints, stop, start_step=step, started=started) as run:
             run.announce(state)
             run.evaluate_if_missing(state)
             for stage in parts.stages:

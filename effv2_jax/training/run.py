@@ -49,6 +49,7 @@ class Run:
         checkpoints: of the run.
         stop: the signals.
         start_step: finished steps of the state the run starts with.
+        started: `time.monotonic()` when the command began.
     """
 
     def __init__(
@@ -59,9 +60,10 @@ class Run:
         stop: StopRequest,
         *,
         start_step: int,
+        started: float,
     ) -> None:
         self.step = start_step
-        self._start_step, self._started = start_step, time.monotonic()
+        self._start_step, self._started = start_step, started
         self._parts, self._config, self._folder = parts, parts.config, folder
         self._checkpoints, self._stop = checkpoints, stop
         self._evaluation_steps = plan.evaluation_steps(
@@ -192,10 +194,12 @@ class Run:
 
     def finish(self, state: TrainState) -> dict[str, float]:
         """Writes the final weights and the curves; returns the last evaluation's metrics."""
-        self._checkpoints.wait_until_finished()
+        self._checkpoints.settle()
         if jax.process_index() == 0:
             products.write_final_weights(self._folder, self._parts, state, self._results)
             products.write_curves(self._folder)
+        if skipped := int(state.skipped):
+            self._logger.say(f"{skipped} steps were skipped: loss or gradient not finite")
         if self._pictures.num_skipped:
             self._logger.say(
                 f"{len(self._pictures.skipped)} broken pictures were replaced by others, "
@@ -269,7 +273,7 @@ class Run:
             self._interval = []
 
     def _stop_diverged(self, step: int, what: str) -> NoReturn:
-        self._checkpoints.wait_until_finished()
+        self._checkpoints.settle()
         stages, good = self._parts.stages, self._checkpoints.latest_step
         stage = stage_at(stages, step - 1)
         where = f"stage {stage.index + 1} of {len(stages)}, {stage.image_size} px"

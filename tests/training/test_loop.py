@@ -152,7 +152,7 @@ def test_diverged_run_stops_and_names_step_stage_and_checkpoint(tmp_path, monkey
     assert not (tmp_path / "final.safetensors").exists()
 
 
-def test_diverged_steps_can_be_skipped_and_counted(tmp_path, monkeypatch):
+def test_diverged_steps_can_be_skipped_and_counted(tmp_path, monkeypatch, capsys):
     knobs = run.stage_knobs
 
     def changed(stage, recipe, *, seed):
@@ -166,6 +166,7 @@ def test_diverged_steps_can_be_skipped_and_counted(tmp_path, monkeypatch):
     results = loop.train(config, tmp_path)
     assert all(np.isfinite(list(results.values())))
     assert tiny.saved_state(config, tmp_path)[".skipped"] == 8
+    assert "8 steps were skipped" in capsys.readouterr().out
 
 
 def test_state_that_is_not_finite_is_never_saved(tmp_path, monkeypatch):
