@@ -1,0 +1,48 @@
+"""Measures speed on this machine.
+
+    python tools/benchmark.py step --model efficientnetv2-b0 --image-size 192 --batch 8,16
+    python tools/benchmark.py step --lowering plain,cpu        # compared in turns: A B A B ...
+    python tools/benchmark.py input                            # reading, decoding, resizing
+    python tools/benchmark.py COMMAND --help
+
+To measure on one core, bind the process to it: `taskset -c 1 python tools/benchmark.py step`.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from effv2_jax.errors import UserError
+
+
+def _step(arguments: Sequence[str]) -> None:
+    import benchmark_step  # the folder of this script is on Python's path
+
+    benchmark_step.main(arguments)
+
+
+def _input(arguments: Sequence[str]) -> None:
+    import benchmark_input
+
+    benchmark_input.main(arguments)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"step": _step, "input": _input}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs a command and returns the exit code: 2 where the arguments are wrong."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    try:
+        if arguments[0] not in COMMANDS:
+            raise UserError(f"unknown command {arguments[0]!r}: expected {' or '.join(COMMANDS)}")
+        COMMANDS[arguments[0]](arguments[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
