@@ -198,7 +198,8 @@ class Checkpoints:
         self.settle()
         self._manager.close()
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
+        """Waits for the save in progress; says in one line what went wrong in it."""
         failure = self._failure_of_last_save()
         if failure:
             self._report(failure)
