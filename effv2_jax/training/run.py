@@ -247,11 +247,12 @@ class Run:
 
     def _save_and_exit(self, state: TrainState, number: int) -> NoReturn:
         self._save(state)
-        self._checkpoints.wait_until_finished()
-        self._logger.say(
-            f"stopped by signal {int(number)} after step {self.step}; the state is saved, "
-            "the same command continues"
-        )
+        self._checkpoints.settle()
+        saved = self._checkpoints.latest_step or 0
+        outcome = "the state is saved, the same command continues"
+        if saved != self.step:  # the reason was said
+            outcome = f"the same command continues after step {saved}"
+        self._logger.say(f"stopped by signal {int(number)} after step {self.step}; {outcome}")
         raise SystemExit(128 + number)  # as shells have it
 
     def _look_at_waiting(self) -> None:
