@@ -93,10 +93,11 @@ def test_any_geometry_equals_the_plain_form(kind, kernel, stride, height, width,
         (8, 12, 1, 1),  # gradient of the kernel in chunks of rows
         (100, 104, 1, 1),  # as one product
         (100, 8, 1, 1),  # by the transposed input
-        (32, 40, 3, 1),  # by a product for every tap, in chunks
-        (40, 33, 3, 2),  # the same, transposed; the input's gradient is XLA's
-        (20, 40, 3, 2),  # the input's gradient by phases
-        (6, 40, 3, 1),  # XLA's own
+        (24, 40, 3, 1),  # by a convolution with the roles swapped
+        (40, 48, 3, 2),  # by a product for every tap; the gradient of the input is XLA's
+        (40, 33, 3, 2),  # the same, transposed
+        (20, 40, 3, 2),  # the gradient of the input by phases
+        (3, 24, 3, 2),  # the stem: a fourth channel of zeros; the gradient is XLA's
     ],
 )
 def test_every_choice_by_shape_equals_the_plain_form(channels, filters, kernel, stride):

@@ -62,13 +62,19 @@ _pointwise.defvjp(_pointwise_forward, _pointwise_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _dense(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+    # XLA's fast convolution takes channels in fours; the stem's three cost up to eight times as
+    # much as four, of which one is zero.
+    missing = -x.shape[3] % 4
+    if missing:
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, missing)))
+        kernel = jnp.pad(kernel, ((0, 0), (0, 0), (0, missing), (0, 0)))
     return plain.dense(x, kernel, geometry)
 
 
 def _dense_forward(
     x: jax.Array, kernel: jax.Array, geometry: Geometry
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return plain.dense(x, kernel, geometry), (x, kernel)
+    return _dense(x, kernel, geometry), (x, kernel)
 
 
 def _dense_backward(
@@ -76,7 +82,10 @@ def _dense_backward(
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = residuals
     channels, filters = kernel.shape[2:]
-    if geometry.strides != (1, 1) and channels < 32:
+    if geometry.strides == (1, 1):
+        dx = _plain_gradient(x, kernel, geometry, dy, of=0)
+        return dx, _kernel_gradient_by_swapping(x, dy, kernel, geometry)
+    if channels < 32:
         dx = _input_gradient_by_phases(dy, kernel, geometry)
     else:
         dx = _plain_gradient(x, kernel, geometry, dy, of=0)
@@ -133,6 +142,28 @@ def _phase_window(axis: Axis, phase: int) -> tuple[tuple[int, int], slice]:
     stop = first - axis.stride
     reversed_taps = slice(last, stop if stop >= 0 else None, -axis.stride)
     return (-first_offset, last_offset + axis.phase_length - axis.out), reversed_taps
+
+
+def _kernel_gradient_by_swapping(
+    x: jax.Array, dy: jax.Array, kernel: jax.Array, geometry: Geometry
+) -> jax.Array:
+    """The convolution of dy with x as its kernel, channels in the place of the examples; stride 1.
+
+    XLA's own gradient convolves x with dy: the same sum with the two in each other's place, equally
+    fast or up to 1.7 times slower, depending on which of them has how many channels.
+    """
+    pads = [
+        (a.kernel - 1 - a.low, a.kernel - 1 - a.high) for a in (geometry.rows, geometry.columns)
+    ]
+    reversed_taps = lax.conv_general_dilated(
+        dy,
+        x,
+        (1, 1),
+        pads,
+        dimension_numbers=("CHWN", "IHWO", "HWNC"),
+        preferred_element_type=sum_type(x),
+    )  # [k, k, O, C]
+    return reversed_taps[::-1, ::-1].swapaxes(2, 3).astype(kernel.dtype)
 
 
 def _kernel_gradient_by_taps(
