@@ -3,9 +3,10 @@
 import itertools
 import types
 
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from effv2_jax.errors import UserError
 from effv2_jax.training import plan
 from effv2_jax.training.compile import Program
 from effv2_jax.training.progressive import plan_stages
@@ -94,10 +95,13 @@ def test_evaluations_are_at_epochs_and_at_ends_of_stages():
     batches=st.lists(st.integers(1, 9), min_size=1, max_size=4),
 )
 def test_evaluations_are_at_most_a_quarter_late(num_examples, epochs, every, batches):
-    stages = plan_stages(
-        num_examples=num_examples, batch_size=batches[0], epochs=epochs, image_size=32,
-        batch_sizes=batches, preset="none",
-    )  # fmt: skip
+    try:
+        stages = plan_stages(
+            num_examples=num_examples, batch_size=batches[0], epochs=epochs, image_size=32,
+            batch_sizes=batches, preset="none",
+        )  # fmt: skip
+    except UserError:  # a stage without a step: no plan to evaluate
+        assume(False)
     steps = plan.evaluation_steps(stages, num_examples=num_examples, every_epochs=every)
     assert max(steps) == stages[-1].end_step
     assert min(steps) >= 1
