@@ -26,6 +26,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
         *("leaky_relu", "elu", "selu"),
     ),
     "model.dtype": ("auto", "float32", "bfloat16"),
+    "model.initializer": ("official", "fan_in"),
     "model.lowering": ("auto", "plain", "cpu"),
     "data.source": ("tfds", "folder", "arrays", "digits", "synthetic"),
     "data.preprocessing": ("v2", "v1", "finetune", "advprop"),

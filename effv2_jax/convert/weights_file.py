@@ -52,7 +52,7 @@ _PREPROCESSING = ("kind", "mean", "std", "crop", "interpolation")
 
 # How a network is computed or trained, not what it is.
 _NOT_SAVED = ("variant", "num_classes", "dtype", "remat", "lowering", "axis_name", "survival_fn",
-              "bn_group_size", "bn_two_pass", "parent", "name")  # fmt: skip
+              "initializer", "bn_group_size", "bn_two_pass", "parent", "name")  # fmt: skip
 
 
 def save_weights(

@@ -51,6 +51,9 @@ ACTIVATIONS: dict[str, Activation] = {
 # TensorFlow's (the odd pixel of stride 2 at the bottom and right), PyTorch's (k - 1) // 2.
 PADDINGS = ("SAME", "SYMMETRIC")
 
+# How kernels are drawn at the start, see `initial_kernel`.
+INITIALIZERS = ("official", "fan_in")
+
 
 def get_activation(name: str) -> Activation:
     """Returns an activation function by name; "" is silu, as None in the official code.
@@ -67,36 +70,43 @@ def get_activation(name: str) -> Activation:
     )
 
 
-def conv_kernel_std(shape: tuple[int, ...], *, depthwise: bool = False) -> float:
-    """Standard deviation of a convolution kernel at the start: sqrt(2 / fan_out).
+def initial_kernel(layer: str, shape: tuple[int, ...], initializer: str) -> tuple[str, float]:
+    """Returns how a kernel is drawn at the start: the distribution and its scale.
 
-    Official: effnetv2_model.py, conv_kernel_initializer. fan_out is k * k * (last dimension), and
-    the last dimension of TensorFlow's depthwise kernels is the multiplier 1.
+    official (effnetv2_model.py, conv_kernel_initializer and dense_kernel_initializer): convolutions
+    normal with variance 2 / fan_out, where fan_out is k * k * (last dimension) and the last
+    dimension of TensorFlow's depthwise kernels is the multiplier 1; the classifier uniform within
+    +-1 / sqrt(classes). With few classes that is large: the logits of ten classes start with a
+    deviation of about 4, and small data sets take long to unlearn it (docs/design.md).
+
+    fan_in: every kernel normal with variance 1 / fan_in, as Flax's own layers start.
 
     Args:
-      shape: of our kernel, [k, k, in, out] or depthwise [k, k, 1, channels].
-      depthwise: which of the two.
+      layer: "conv", "depthwise" or "classifier".
+      shape: of our kernel, [k, k, in, out], depthwise [k, k, 1, channels], classifier [in, out].
+      initializer: one of INITIALIZERS.
+
+    Returns:
+      ("normal", standard deviation) or ("uniform", bound).
     """
-    fan_out = shape[0] * shape[1] * (1 if depthwise else shape[3])
-    return math.sqrt(2 / fan_out)
+    if initializer == "fan_in":
+        return "normal", 1 / math.sqrt(math.prod(shape[:-1]))
+    if layer == "classifier":
+        return "uniform", 1 / math.sqrt(shape[1])
+    fan_out = shape[0] * shape[1] * (1 if layer == "depthwise" else shape[3])
+    return "normal", math.sqrt(2 / fan_out)
 
 
-def dense_kernel_range(num_classes: int) -> float:
-    """Bound of the classifier's uniform distribution at the start (dense_kernel_initializer)."""
-    return 1 / math.sqrt(num_classes)
+def _kernel_init(layer: str, initializer: str) -> Callable[..., Array]:
+    """The initial kernel as `Module.param` takes it."""
 
+    def init(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+        distribution, scale = initial_kernel(layer, shape, initializer)
+        if distribution == "uniform":
+            return jax.random.uniform(key, shape, dtype, -scale, scale)
+        return scale * jax.random.normal(key, shape, dtype)
 
-def _conv_init(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
-    return conv_kernel_std(shape) * jax.random.normal(key, shape, dtype)
-
-
-def _depthwise_init(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
-    return conv_kernel_std(shape, depthwise=True) * jax.random.normal(key, shape, dtype)
-
-
-def _dense_init(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
-    bound = dense_kernel_range(shape[1])
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
+    return init
 
 
 def _pads(kernel_size: int, padding: str) -> str | tuple[tuple[int, int], tuple[int, int]]:
@@ -118,6 +128,7 @@ class Conv(nn.Module):
       padding: "SAME" (TensorFlow's) or "SYMMETRIC" (PyTorch's); they differ at stride 2.
       dtype: compute type.
       implementation: of the lowering: "auto", "plain" or "cpu".
+      initializer: of the kernel, one of INITIALIZERS.
     """
 
     features: int
@@ -127,12 +138,13 @@ class Conv(nn.Module):
     padding: str = "SAME"
     dtype: jnp.dtype = jnp.float32
     implementation: str = "auto"
+    initializer: str = "official"
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Convolves x [N, H, W, C]."""
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
-        kernel = self.param("kernel", _conv_init, shape, jnp.float32)
+        kernel = self.param("kernel", _kernel_init("conv", self.initializer), shape, jnp.float32)
         x = lowering.conv2d(
             x.astype(self.dtype),
             kernel.astype(self.dtype),
@@ -154,12 +166,15 @@ class DepthwiseConv(nn.Module):
     padding: str = "SAME"
     dtype: jnp.dtype = jnp.float32
     implementation: str = "auto"
+    initializer: str = "official"
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Convolves x [N, H, W, C]."""
         shape = (self.kernel_size, self.kernel_size, 1, x.shape[-1])
-        kernel = self.param("kernel", _depthwise_init, shape, jnp.float32)
+        kernel = self.param(
+            "kernel", _kernel_init("depthwise", self.initializer), shape, jnp.float32
+        )
         return lowering.depthwise_conv2d(
             x.astype(self.dtype),
             kernel.astype(self.dtype),
@@ -175,16 +190,20 @@ class Classifier(nn.Module):
     Attributes:
       num_classes: outputs.
       bias: initial value of every bias (official: headbias).
+      initializer: of the kernel, one of INITIALIZERS.
     """
 
     num_classes: int
     bias: float = 0.0
+    initializer: str = "official"
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Returns the logits."""
         shape = (x.shape[-1], self.num_classes)
-        kernel = self.param("kernel", _dense_init, shape, jnp.float32)
+        kernel = self.param(
+            "kernel", _kernel_init("classifier", self.initializer), shape, jnp.float32
+        )
         init = nn.initializers.constant(self.bias)
         return x.astype(jnp.float32) @ kernel + self.param("bias", init, shape[1:], jnp.float32)
 

@@ -87,6 +87,7 @@ class EfficientNet(nn.Module):
       bn_unbiased: whether the moving variance is unbiased (TensorFlow on CPU and GPU) or not (TPU).
       bn_two_pass: variance in two passes: slower, more exact.
       head_bias: initial bias of the classifier.
+      initializer: how kernels are drawn, "official" or "fan_in" (`layers.initial_kernel`).
       padding: "SAME" (TensorFlow) or "SYMMETRIC" (PyTorch).
       remat: recompute each block in the backward pass: less memory, a third more arithmetic.
       lowering: how convolutions are computed: "auto", "plain" or "cpu".
@@ -110,6 +111,7 @@ class EfficientNet(nn.Module):
     bn_unbiased: bool = True
     bn_two_pass: bool = False
     head_bias: float = 0.0
+    initializer: str = "official"
     padding: str = "SAME"
     remat: bool = False
     lowering: str = "auto"
@@ -202,12 +204,19 @@ class EfficientNet(nn.Module):
             x = layers.dropout(x, dropout_rate, dropout_noise)
         ends["head"] = x
         if self.num_classes:
-            x = layers.Classifier(self.num_classes, self.head_bias, name="classifier")(x)
+            x = layers.Classifier(
+                self.num_classes, self.head_bias, self.initializer, name="classifier"
+            )(x)
         return (x, ends) if endpoints else x
 
     def _parts(self) -> dict[str, Any]:
         """The layers all blocks are made of, with what is common to them stated once."""
-        conv = {"padding": self.padding, "dtype": self.dtype, "implementation": self.lowering}
+        conv = {
+            "padding": self.padding,
+            "dtype": self.dtype,
+            "implementation": self.lowering,
+            "initializer": self.initializer,
+        }
         return {
             "conv": functools.partial(layers.Conv, **conv),
             "depthwise": functools.partial(layers.DepthwiseConv, **conv),
@@ -322,7 +331,11 @@ def _check(model: EfficientNet) -> None:
         if value < low or (high is not None and value > high):
             bound = f"between {low} and {high}" if high is not None else f"at least {low}"
             raise UserError(f"model.{key} is {value}; expected {bound}")
-    for key, valid in (("padding", layers.PADDINGS), ("lowering", lowering.IMPLEMENTATIONS)):
+    for key, valid in (
+        ("padding", layers.PADDINGS),
+        ("lowering", lowering.IMPLEMENTATIONS),
+        ("initializer", layers.INITIALIZERS),
+    ):
         value = getattr(model, key)
         if value not in valid:
             raise UserError(f"model.{key} is {value!r}; expected one of {', '.join(valid)}")
@@ -331,7 +344,7 @@ def _check(model: EfficientNet) -> None:
 def init_variables(model: EfficientNet, seed: int, image_size: int = 32) -> dict[str, dict]:
     """Draws initial variables tensor by tensor with NumPy: 20 times faster than a jitted init.
 
-    The distributions are those of `model.init` (the official ones), the numbers are not. Each
+    The distributions are those of `model.init`, the numbers are not. Each
     tensor depends on the seed and its own path only.
 
     Args:
@@ -347,24 +360,24 @@ def init_variables(model: EfficientNet, seed: int, image_size: int = 32) -> dict
 
     def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> Array:
         names = [entry.key for entry in path]
-        return jax.device_put(_initial_value(names, leaf.shape, seed, model.head_bias))
+        return jax.device_put(_initial_value(names, leaf.shape, seed, model))
 
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def _initial_value(
-    names: list[str], shape: tuple[int, ...], seed: int, head_bias: float
+    names: list[str], shape: tuple[int, ...], seed: int, model: EfficientNet
 ) -> np.ndarray:
     """The initial value of the variable with this path, float32."""
-    leaf, layer = names[-1], names[-2]
+    leaf, module = names[-1], names[-2]
     if leaf in ("scale", "var"):
         return np.ones(shape, np.float32)
     if leaf != "kernel":
-        return np.full(shape, head_bias if layer == "classifier" else 0, np.float32)
+        return np.full(shape, model.head_bias if module == "classifier" else 0, np.float32)
+    layer = {"classifier": "classifier", "depthwise_conv": "depthwise"}.get(module, "conv")
+    distribution, scale = layers.initial_kernel(layer, shape, model.initializer)
     digest = hashlib.sha256("/".join(names).encode()).digest()[:8]
     rng = np.random.default_rng([seed, int.from_bytes(digest, "little")])
-    if layer == "classifier":
-        bound = layers.dense_kernel_range(shape[1])
-        return rng.uniform(-bound, bound, shape).astype(np.float32)
-    std = layers.conv_kernel_std(shape, depthwise=layer == "depthwise_conv")
-    return rng.standard_normal(shape, np.float32) * np.float32(std)
+    if distribution == "uniform":
+        return rng.uniform(-scale, scale, shape).astype(np.float32)
+    return rng.standard_normal(shape, np.float32) * np.float32(scale)

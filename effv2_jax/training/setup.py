@@ -36,6 +36,7 @@ _MODEL_OVERRIDES = (
     "bn_epsilon",
     "bn_group_size",
     "head_bias",
+    "initializer",
     "lowering",
 )
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -268,6 +269,7 @@ def test_none_and_empty_overrides_mean_the_variant():
         ("testing", {"survival_prob": 1.5}, "model.survival_prob is 1.5"),
         ("testing", {"padding": "VALID"}, "model.padding is 'VALID'"),
         ("testing", {"lowering": "gpu"}, "model.lowering is 'gpu'"),
+        ("testing", {"initializer": "he"}, "model.initializer is 'he'"),
         ("testing", {"blocks": ("r1_k3",)}, "block 'r1_k3'"),
     ],
 )
@@ -288,6 +290,22 @@ def test_init_variables_draws_the_same_tree_as_init():
     kernels = [v["params"]["stem"]["conv"]["kernel"] for v in (variables, again, other)]
     np.testing.assert_array_equal(kernels[0], kernels[1])
     assert not np.allclose(kernels[0], kernels[2])
+
+
+@pytest.mark.parametrize("drawn_by", ["init", "init_variables"])
+def test_fan_in_gives_every_kernel_the_deviation_of_its_inputs(drawn_by):
+    model = create_model("testing", 100, initializer="fan_in", feature_size=512)
+    if drawn_by == "init":
+        variables = jax.jit(model.init)(jax.random.key(0), _images())
+    else:
+        variables = init_variables(model, 0)
+    kernels = traverse_util.flatten_dict(variables["params"], sep="/")
+    kernels = {name: value for name, value in kernels.items() if name.endswith("kernel")}
+    assert len(kernels) > 10
+    for name, kernel in kernels.items():
+        expected = 1 / np.sqrt(np.prod(kernel.shape[:-1]))
+        # 5 standard deviations of the estimate.
+        assert np.std(kernel) == pytest.approx(expected, rel=5 / np.sqrt(2 * kernel.size)), name
 
 
 def test_init_variables_has_the_official_deviations():
