@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "convert": {"models", "atomic", "errors"},
     "pretrained": {"atomic", "convert", "data", "errors", "models"},
     "report": {"atomic", "errors"},
+    "inference": {"atomic", "data", "errors", "models", "report", "startup"},
     "training": {
         "atomic", "config", "convert", "data", "errors", "models", "pretrained", "report",
         "startup",

@@ -29,7 +29,15 @@ _FLIPPED_AXES = {2: (1,), 3: (0, 1), 4: (0,), 6: (1,), 7: (0, 1), 8: (0,)}  # af
 
 
 class CorruptImageError(UserError):
-    """A file is not an image, or is damaged. The message names the file and the reason."""
+    """A file is not an image, or is damaged. The message names the file and the reason.
+
+    Attributes:
+      reason: what is wrong with it, without the name.
+    """
+
+    def __init__(self, message: str, *, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 def _reason(error: Exception) -> str:
@@ -41,7 +49,8 @@ def _reason(error: Exception) -> str:
 def _corrupt(name: str, reason: str) -> CorruptImageError:
     return CorruptImageError(
         f"{name}: cannot decode this image ({reason}); remove or replace the file, or set "
-        f"data.on_corrupt='skip'"
+        f"data.on_corrupt='skip'",
+        reason=reason,
     )
 
 

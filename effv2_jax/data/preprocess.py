@@ -276,6 +276,20 @@ def training_image(
     return resize_bilinear(crop, (size, size), dtype=np.uint8)
 
 
+def evaluation_box(height: int, width: int, *, size: int, kind: Kind) -> Box:
+    """The window of a picture that an evaluation example shows.
+
+    Args:
+      height: of the picture, pixels.
+      width: of the picture, pixels.
+      size: of the example, pixels.
+      kind: of preprocessing.
+    """
+    if size < kind.crop_below:
+        return central_crop(height, width, size=size, round_up=kind.round_up)
+    return Box(0, 0, height, width)
+
+
 def evaluation_image(pixels: np.ndarray, *, size: int, kind: Kind) -> np.ndarray:
     """Crops and resizes an evaluation picture exactly as the official code.
 
@@ -287,8 +301,6 @@ def evaluation_image(pixels: np.ndarray, *, size: int, kind: Kind) -> np.ndarray
     Returns:
       [size, size, 3] float32, pixels 0..255 (bicubic overshoots), unrounded, not normalised.
     """
-    if size < kind.crop_below:
-        height, width = pixels.shape[:2]
-        pixels = _cut(pixels, central_crop(height, width, size=size, round_up=kind.round_up))
+    box = evaluation_box(*pixels.shape[:2], size=size, kind=kind)
     resize = resize_bicubic_v1 if kind.bicubic else resize_bilinear
-    return resize(pixels, (size, size))
+    return resize(_cut(pixels, box), (size, size))

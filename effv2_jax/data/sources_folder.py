@@ -79,8 +79,8 @@ def _subfolders(folder: Path) -> list[str]:
         return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
 
 
-def _images(folder: Path) -> list[str]:
-    """Images below a folder at any depth, sorted, relative to it."""
+def find_images(folder: str | Path) -> list[str]:
+    """Images below a folder at any depth, hidden ones left out: sorted, relative to it."""
     found = []
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
@@ -105,7 +105,7 @@ def _scan(folder: Path, classes: list[str]) -> tuple[list[str], np.ndarray]:
     labels: list[int] = []
     empty = []
     for index, name in enumerate(classes):
-        files = _images(folder / name)
+        files = find_images(folder / name)
         if not files:
             empty.append(name)
         paths.extend(os.path.join(name, file) for file in files)
