@@ -39,6 +39,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "train.schedule": ("exponential", "cosine", "linear", "constant"),
     "train.loss": ("softmax", "sigmoid", "summed_sigmoid"),
     "train.on_nonfinite": ("stop", "skip"),
+    "runtime.distributed": ("auto", "off"),
     "progressive.preset": ("official", "paper", "none"),
 }
 

@@ -126,6 +126,8 @@ def base_config() -> ConfigDict:
     })
 
     config.runtime = ConfigDict({
+        "distributed": "auto",           # auto: join the processes srun, mpirun, a TPU pod or
+                                         # JAX_COORDINATOR_ADDRESS tell of; off: train alone
         "devices": 0,                    # devices of the data mesh; 0: all
         "compilation_cache": "auto",     # auto (user cache folder), none, or a folder
         "background_compile": True,      # compile the next stage while this one trains

@@ -96,14 +96,21 @@ class MetricsLogger:
         if self._active:
             self._terminal.line(text)
 
-    def begin_stage(self, stage: Stage) -> None:
-        """Announces a stage and starts its clock: call when its program is compiled."""
+    def begin_stage(self, stage: Stage, strengths: Mapping[str, str] | None = None) -> None:
+        """Announces a stage and starts its clock: call when its program is compiled.
+
+        Args:
+            stage: that begins.
+            strengths: its regularisation as text (`plan.strengths`); None is not told.
+        """
         self._clock = _Clock()
         self._latest = {}
+        told = "".join(
+            f"{name} {value}, " for name, value in (strengths or {}).items() if value != "-"
+        )
         self.say(
             f"stage {stage.index + 1}/{len(self._stages)}: {stage.image_size} px, batch "
-            f"{stage.batch_size}, magnitude {stage.magnitude:g}, dropout {stage.dropout_rate:g}, "
-            f"mixup {stage.mixup_alpha:g}, steps {stage.start_step} to {stage.end_step}"
+            f"{stage.batch_size}, {told}steps {stage.start_step} to {stage.end_step}"
         )
 
     def step(self, step: int, *, data_wait: float = 0.0) -> None:

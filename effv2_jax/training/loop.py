@@ -44,6 +44,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
     """
     started = time.monotonic()
     validate(config)
+    meshes.join_processes(config.runtime.distributed)
     enable_compilation_cache(config.runtime.compilation_cache)
     parts = setup.prepare(config)
     with (
@@ -84,6 +85,7 @@ def evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         UserError: config, data or devices are wrong, or there are no weights.
     """
     validate(config)
+    meshes.join_processes(config.runtime.distributed)
     enable_compilation_cache(config.runtime.compilation_cache)
     parts = setup.prepare(config)
     state = _from_checkpoint(parts, Path(workdir))

@@ -5,6 +5,9 @@ knobs) is held by every device. `jax.jit` over a `Mesh` with named shardings, no
 deprecated and hides the layout.
 """
 
+import os
+from collections.abc import Mapping
+
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -12,6 +15,61 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from effv2_jax.errors import UserError
 
 AXIS = "data"
+
+# Where the launcher of several processes says how many there are.
+_LAUNCHERS = {"srun": "SLURM_STEP_NUM_TASKS", "mpirun": "OMPI_COMM_WORLD_SIZE"}
+_BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+def join_processes(setting: str, environment: Mapping[str, str] = os.environ) -> None:
+    """Joins the other processes of the run; call before anything else asks JAX for devices.
+
+    Every host of a pod runs the same command. The others are found by srun, mpirun, the metadata
+    of Cloud TPUs (all by JAX itself), or by JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES
+    and JAX_PROCESS_ID. Without a sign of any of these the process is alone.
+
+    Args:
+      setting: of runtime.distributed: "auto", or "off": alone whatever the environment says.
+      environment: variables of the process.
+
+    Raises:
+      UserError: the signs are incomplete, or the others cannot be reached.
+    """
+    if setting == "off" or jax.distributed.is_initialized():
+        return
+    arguments = _by_hand(environment)
+    launched = any(environment.get(name, "1") != "1" for name in _LAUNCHERS.values())
+    pod = "," in environment.get("TPU_WORKER_HOSTNAMES", "")
+    if not (arguments or launched or pod):
+        return
+    try:
+        jax.distributed.initialize(**arguments)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"the other processes of this run cannot be joined: {error}; set "
+            f"{', '.join(_BY_HAND)} in each of them, or runtime.distributed=off to train alone"
+        ) from error
+
+
+def _by_hand(environment: Mapping[str, str]) -> dict[str, str | int]:
+    """The arguments of jax.distributed.initialize from the environment; {} if none is set."""
+    found = {name: environment[name] for name in _BY_HAND if environment.get(name)}
+    if not found:
+        return {}
+    missing = [name for name in _BY_HAND if name not in found]
+    numbers = [found.get(name, "0") for name in _BY_HAND[1:]]
+    if missing or not all(number.isdecimal() for number in numbers):
+        told = ", ".join(f"{name}={value}" for name, value in found.items())
+        raise UserError(
+            f"found {told}; to join several processes, {', '.join(_BY_HAND)} must all be set, the "
+            "last two to whole numbers"
+        )
+    address, count, index = (found[name] for name in _BY_HAND)
+    return {
+        "coordinator_address": address,
+        "num_processes": int(count),
+        "process_id": int(index),
+    }
 
 
 def make_mesh(count: int = 0) -> Mesh:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from effv2_jax.data.policy import Policy
 from effv2_jax.training.compile import Program, scaled_memory
 from effv2_jax.training.progressive import Stage
 
@@ -81,19 +82,26 @@ def stage_memory(
     return tuple(memory(stage) for stage in stages)
 
 
-def plan_table(stages: Sequence[Stage], memory: Sequence[StageMemory]) -> str:
+def strengths(stage: Stage, policy: Policy) -> dict[str, str]:
+    """Returns a stage's regularisation as text, by name; "-" is what the run does not use."""
+    return {
+        "magnitude": f"{stage.magnitude:.3g}" if policy.uses_randaugment else "-",
+        "dropout": f"{stage.dropout_rate:.3g}",
+        "mixup": f"{stage.mixup_alpha:.3g}",
+        "cutmix": f"{stage.cutmix_alpha:.3g}",
+    }
+
+
+def plan_table(stages: Sequence[Stage], memory: Sequence[StageMemory], *, policy: Policy) -> str:
     """Returns the stages as a table of text, a line each, with a heading and a total."""
-    heading = ("stage", "image", "batch", "magnitude", "dropout", "mixup", "cutmix")
-    heading += ("steps", "epochs", "images", "memory")
+    names = tuple(strengths(stages[0], policy))
+    heading = ("stage", "image", "batch", *names, "steps", "epochs", "images", "memory")
     rows = [
         (
             f"{stage.index + 1}",
             f"{stage.image_size} px",
             f"{stage.batch_size}",
-            f"{stage.magnitude:g}",
-            f"{stage.dropout_rate:.3g}",
-            f"{stage.mixup_alpha:.3g}",
-            f"{stage.cutmix_alpha:.3g}",
+            *strengths(stage, policy).values(),
             f"{stage.steps:,}",
             f"{stage.epochs:.2f}",
             f"{stage.steps * stage.batch_size:,}",
@@ -102,8 +110,8 @@ def plan_table(stages: Sequence[Stage], memory: Sequence[StageMemory]) -> str:
         for stage, need in zip(stages, memory, strict=True)
     ]
     total = (
-        ["all"]
-        + [""] * 6
+        ["all", "", ""]
+        + [""] * len(names)
         + [
             f"{stages[-1].end_step:,}",
             f"{sum(stage.epochs for stage in stages):.2f}",

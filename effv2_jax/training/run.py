@@ -148,7 +148,7 @@ class Run:
             for stage in parts.stages[first.index + 1 :]:
                 self._steps.get(stage.image_size, stage.batch_size)
         memory = self._write_plan(state)
-        say(plan.plan_table(parts.stages, memory))
+        say(plan.plan_table(parts.stages, memory, policy=parts.recipe.images.policy))
         for warning in plan.memory_warnings(
             parts.stages, memory, device=parts.mesh.local_devices[0]
         ):
@@ -164,7 +164,7 @@ class Run:
             self._steps.prepare(following.image_size, following.batch_size)
         knobs = self._knobs(stage)
         trace = StageTrace(self._config.runtime.profile, stage, start_step=self.step)
-        self._logger.begin_stage(stage)
+        self._logger.begin_stage(stage, plan.strengths(stage, self._parts.recipe.images.policy))
         with contextlib.closing(trace):
             while self.step < stage.end_step:
                 if number := self._agree(self._stop.signal or 0):

@@ -3,9 +3,11 @@
 import itertools
 import types
 
+import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from effv2_jax.data.policy import make_policy
 from effv2_jax.errors import UserError
 from effv2_jax.training import plan
 from effv2_jax.training.compile import Program
@@ -17,8 +19,15 @@ STAGES = plan_stages(
 )  # fmt: skip
 
 
+RANDAUGMENT = make_policy("randaugment")
+
+
 def program(memory):
     return Program("", None, 1.0, memory)
+
+
+def cells(line):
+    return " ".join(line.split())
 
 
 def test_memory_of_compiled_stages_is_measured_and_of_others_scaled_with_pixels():
@@ -39,15 +48,13 @@ def test_memory_is_measured_once_all_are_compiled():
 def test_memory_is_unknown_where_the_backend_does_not_say():
     memory = plan.stage_memory(STAGES, {(32, 10): program(None)}, state_bytes=200)
     assert {need.bytes for need in memory} == {None}
-    assert "unknown" in plan.plan_table(STAGES, memory)
+    assert "unknown" in plan.plan_table(STAGES, memory, policy=RANDAUGMENT)
 
 
 def test_table_has_all_of_a_stage_and_marks_estimates():
     memory = plan.stage_memory(STAGES, {(32, 10): program(2 * 10**9)}, state_bytes=0)
-    heading, first, second, total, note = plan.plan_table(STAGES, memory).splitlines()
-
-    def cells(line):
-        return " ".join(line.split())
+    table = plan.plan_table(STAGES, memory, policy=RANDAUGMENT)
+    heading, first, second, total, note = table.splitlines()
 
     assert cells(heading) == (
         "stage image batch magnitude dropout mixup cutmix steps epochs images memory"
@@ -56,6 +63,16 @@ def test_table_has_all_of_a_stage_and_marks_estimates():
     assert cells(second) == "2 64 px 10 15 0.3 0.5 0 200 2.00 2,000 ~8.00 GB"
     assert cells(total) == "all 400 4.00 4,000"
     assert "estimated" in note
+
+
+@pytest.mark.parametrize("name", ["none", "autoaugment"])
+def test_magnitudes_that_nothing_uses_are_not_told(name):
+    policy = make_policy(name)
+    memory = plan.stage_memory(STAGES, {(32, 10): program(10**9)}, state_bytes=0)
+    second = plan.plan_table(STAGES, memory, policy=policy).splitlines()[2]
+    assert cells(second).startswith("2 64 px 10 - 0.3 0.5 0 ")
+    assert plan.strengths(STAGES[1], policy)["magnitude"] == "-"
+    assert plan.strengths(STAGES[1], make_policy("ra_aa"))["magnitude"] == "15"
 
 
 def test_rows_say_which_figures_are_estimates():

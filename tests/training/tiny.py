@@ -131,11 +131,9 @@ def assert_equal_bits(found, expected):
 
 
 def _child(workdir, die_at, signal_number, *cluster):
-    import jax
-
     if cluster:
-        address, count, index = cluster
-        jax.distributed.initialize(address, int(count), int(index))
+        names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+        os.environ.update(zip(names, cluster, strict=True))
     from effv2_jax.training import loop, run
 
     counted = run.MetricsLogger.step
