@@ -9,7 +9,7 @@ Data:      not public as a TFDS data set: build one named imagenet21k whose exam
            and `labels` (several), or give a folder per class with --config.data.source=folder,
            --config.data.eval_fraction=0.008 and --config.data.multilabel=false.
 Hardware:  the authors used TPUs with 4096 images a step.
-Wall time: not measured here (paper: 9, 15, 26, 45 hours on 32 TPUv3 cores for S, M, L, XL).
+Wall time: not measured here (paper, Table 7: 45 hours on 32 TPUv3 cores for XL).
 Result:    not measured here; the paper gives the accuracy after fine-tuning on ImageNet:
            84.9 (S), 86.2 (M), 86.8 (L), 87.3 (XL) % top-1.
 """

@@ -9,7 +9,7 @@ Stages:    4, 87.5 epochs each: 192, 256, 320, 384 px, RandAugment 5 to 15, mixu
            0.2, dropout 0.3; evaluation at 480 px.
 Hardware:  the authors used TPUs with 4096 images a step; --config.model.remat=true trades time
            for memory.
-Wall time: not measured here (paper: 13 hours on 32 TPUv3 cores).
+Wall time: not measured here (Table 7 of the paper has it for 32 TPUv3 cores).
 Result:    not measured here (paper: 85.1, released weights: 85.2 % top-1).
 """
 

@@ -9,7 +9,7 @@ Command:   python -m effv2_jax.main --config configs/v2s_imagenet.py --workdir r
 Stages:    4, 87.5 epochs each: 171, 214, 257, 300 px, RandAugment 5 to 10; evaluation at 384 px.
 Hardware:  the authors used TPUs with 4096 images a step; where that does not fit, a smaller
            --config.train.batch_size scales the learning rate with it.
-Wall time: not measured here (paper: 7.1 hours on 32 TPUv3 cores).
+Wall time: not measured here (Table 7 of the paper has it for 32 TPUv3 cores).
 Result:    not measured here (paper: 83.9 % top-1).
 """
 
