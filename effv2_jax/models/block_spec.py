@@ -29,6 +29,8 @@ class BlockSpec:
       channels: channels that leave every block, before `width` scales them.
       repeats: number of blocks, before `depth` scales it.
       se: squeeze-and-excite channels / block input channels; 0: none.
+      two_convs: a FusedMBConv of expand 1 keeps the 1x1 projection behind its k x k convolution
+        (as timm's first models do) instead of leaving it out (as the official ones).
     """
 
     fused: bool
@@ -39,6 +41,7 @@ class BlockSpec:
     channels: int
     repeats: int
     se: float
+    two_convs: bool = False
 
     def __post_init__(self) -> None:
         for field in ("kernel", "stride", "expand", "in_channels", "channels", "repeats"):
@@ -46,6 +49,13 @@ class BlockSpec:
                 raise UserError(f"block {self}: {field} is {getattr(self, field)}, must be >= 1")
         if not 0 <= self.se <= 1:
             raise UserError(f"block {self}: se is {self.se}, must be between 0 and 1")
+        if self.two_convs and not (self.fused and self.expand == 1):
+            raise UserError(f"block {self}: two_convs is for FusedMBConv (c1) with expand 1 (e1)")
+
+    @property
+    def expands(self) -> bool:
+        """Whether the block begins with a convolution, and a norm, to the inner channels."""
+        return self.expand > 1 or self.two_convs
 
     @property
     def has_residual(self) -> bool:
@@ -65,23 +75,25 @@ class BlockSpec:
 
 _BLOCK_KEYS = {
     "r": "repeats", "k": "kernel", "s": "stride", "e": "expand", "i": "in_channels",
-    "o": "channels", "c": "fused", "se": "se",
+    "o": "channels", "c": "fused", "se": "se", "p": "two_convs",
 }  # fmt: skip
 
 
 def parse_block(text: str) -> BlockSpec:
     """Reads the official notation of a row, such as "r2_k3_s2_e4_i16_o32_se0.25" (c1: fused).
 
+    An addition to it: p1 stands for `two_convs`.
+
     Raises:
       UserError: not in this notation; names the part.
     """
     found = {}
     for part in text.split("_"):
-        match = re.fullmatch(r"(se|[rkseioc])(\d+(?:\.\d+)?)", part)
+        match = re.fullmatch(r"(se|[rkseiocp])(\d+(?:\.\d+)?)", part)
         if match is None or (match[1] != "se" and not match[2].isdigit()):
             raise UserError(
                 f"block {text!r}: cannot read {part!r}; expected parts like r2 k3 s1 e4 i24 o48 "
-                "(all needed), se0.25, c1"
+                "(all needed), se0.25, c1, p1"
             )
         found[match[1]] = match[2]
     missing = [key for key in "rkseio" if key not in found]
@@ -89,11 +101,16 @@ def parse_block(text: str) -> BlockSpec:
         raise UserError(
             f"block {text!r}: no {', '.join(missing)}; expected like r2_k3_s1_e4_i24_o48"
         )
-    if found.get("c", "0") not in ("0", "1"):
-        raise UserError(f"block {text!r}: c{found['c']} is unknown; c0 is MBConv, c1 FusedMBConv")
+    for key, meaning in (
+        ("c", "c0 is MBConv, c1 FusedMBConv"),
+        ("p", "p1 keeps the projection of a FusedMBConv with e1"),
+    ):
+        if found.get(key, "0") not in ("0", "1"):
+            raise UserError(f"block {text!r}: {key}{found[key]} is unknown; {meaning}")
     return BlockSpec(
         fused=found.get("c") == "1",
         se=float(found.get("se", 0)),
+        two_convs=found.get("p") == "1",
         **{_BLOCK_KEYS[key]: int(found[key]) for key in "rkseio"},
     )
 
@@ -104,6 +121,8 @@ def format_block(spec: BlockSpec) -> str:
         f"r{spec.repeats}_k{spec.kernel}_s{spec.stride}_e{spec.expand}"
         f"_i{spec.in_channels}_o{spec.channels}_c{int(spec.fused)}"
     )
+    if spec.two_convs:
+        text += "_p1"
     # Every digit, and no exponent: the string reads back as it was.
     return f"{text}_se{decimal.Decimal(repr(spec.se)):f}" if spec.se else text
 

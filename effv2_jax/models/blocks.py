@@ -97,7 +97,7 @@ class MBConv(_Block):
           (official endpoint: expansion_output).
         """
         spec, x = self.spec, inputs
-        if spec.expand > 1:
+        if spec.expands:
             x = self.conv(spec.inner_channels, name="expand_conv")(x)
             x = self.activation(self.norm(name="expand_norm")(x, train))
         x = self.depthwise(spec.kernel, stride=spec.stride, name="depthwise_conv")(x)
@@ -112,7 +112,7 @@ class FusedMBConv(_Block):
     """k x k expansion, squeeze-and-excite, linear 1x1 projection.
 
     Without expansion (expand 1) one k x k convolution remains, with an activation after its norm:
-    the only block whose branch does not end linear.
+    the only block whose branch does not end linear (unless `spec.two_convs` keeps both).
     """
 
     @nn.compact
@@ -128,14 +128,14 @@ class FusedMBConv(_Block):
         The official endpoint expansion_output is taken before squeeze-and-excite here.
         """
         spec, x = self.spec, inputs
-        if spec.expand > 1:
+        if spec.expands:
             x = self.conv(
                 spec.inner_channels, kernel_size=spec.kernel, stride=spec.stride, name="expand_conv"
             )(x)
             x = self.activation(self.norm(name="expand_norm")(x, train))
         expansion = x
         x = self._squeeze_excite(x)
-        if spec.expand > 1:
+        if spec.expands:
             x = self.conv(spec.channels, name="project_conv")(x)
             x = self.norm(name="project_norm")(x, train)
         else:

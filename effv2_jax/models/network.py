@@ -304,6 +304,8 @@ def create_model(
         "feature_size": variant.feature_size,
         "dropout_rate": variant.dropout_rate,
         "survival_prob": variant.survival_prob,
+        "bn_epsilon": variant.bn_epsilon,
+        "padding": variant.padding,
     }
     fields |= {key: value for key, value in overrides.items() if value is not None}
     fields["blocks"] = parse_blocks(fields["blocks"]) or variant.blocks

@@ -80,7 +80,7 @@ class _Count:
     def block(self, spec: BlockSpec) -> None:
         """MBConv or FusedMBConv."""
         inner = spec.inner_channels
-        if spec.fused and spec.expand == 1:
+        if spec.fused and not spec.expands:
             self.squeeze_excite(inner, spec.se_channels)
             self.conv(spec.kernel, inner, spec.channels, stride=spec.stride)
         else:
@@ -88,7 +88,7 @@ class _Count:
                 self.conv(spec.kernel, spec.in_channels, inner, stride=spec.stride)
                 self.norm(inner)
             else:
-                if spec.expand > 1:
+                if spec.expands:
                     self.conv(1, spec.in_channels, inner)
                     self.norm(inner)
                 self.conv(spec.kernel, 1, inner, stride=spec.stride)

@@ -2,7 +2,9 @@
 
 Every number is that of the released code (google/automl, efficientnetv2: effnetv2_configs.py and
 hparams.py); where the papers differ, `Variant.paper` says so. Papers: EfficientNetV2, Tan & Le 2021
-(arXiv:2104.00298), EfficientNet, Tan & Le 2019 (arXiv:1905.11946). Imports neither jax nor flax.
+(arXiv:2104.00298), EfficientNet, Tan & Le 2019 (arXiv:1905.11946). The family "timm" are networks
+of PyTorch Image Models, drawn after the paper before that code was out. Imports neither jax nor
+flax.
 """
 
 import dataclasses
@@ -28,11 +30,13 @@ class Variant:
 
     Attributes:
       name: official name.
-      family: "v1", "v2" or "testing".
+      family: "v1", "v2", "timm" or "testing".
       blocks: rows, unscaled.
       width: multiplier of channels.
       depth: multiplier of repeats.
       feature_size: channels of the head before `width` scales them.
+      padding: "SAME" (TensorFlow) or "SYMMETRIC" (PyTorch).
+      bn_epsilon: added to the variances of the norms.
       eval_size: side of the evaluation images in pixels.
       train_size_setting: side of the last stage's images; up to 16: factor of `eval_size`.
       dropout_rate: before the classifier.
@@ -54,6 +58,8 @@ class Variant:
     width: float = 1.0
     depth: float = 1.0
     feature_size: int = 1280
+    padding: str = "SAME"
+    bn_epsilon: float = 1e-3
     eval_size: int
     train_size_setting: float
     dropout_rate: float
@@ -96,11 +102,13 @@ def _mbconv(
     )  # fmt: skip
 
 
-def _fused(repeats: int, *, stride: int, expand: int, channels: tuple[int, int]) -> BlockSpec:
+def _fused(
+    repeats: int, *, stride: int, expand: int, channels: tuple[int, int], two_convs: bool = False
+) -> BlockSpec:
     """A FusedMBConv row; every official one is 3x3 without squeeze-and-excite."""
     return BlockSpec(
         fused=True, kernel=3, stride=stride, expand=expand, in_channels=channels[0],
-        channels=channels[1], repeats=repeats, se=0.0,
+        channels=channels[1], repeats=repeats, se=0.0, two_convs=two_convs,
     )  # fmt: skip
 
 
@@ -164,6 +172,33 @@ _V2_XL = (
     _mbconv(8, kernel=3, stride=1, expand=6, channels=(512, 640)),
 )
 
+# timm's own: efficientnet.py, _gen_efficientnetv2_s. Its channel counts are written out, because
+# timm rounds them otherwise (never below 90 %).
+_RW_T = (
+    _fused(2, stride=1, expand=1, channels=(24, 24)),
+    _fused(4, stride=2, expand=4, channels=(24, 40)),
+    _fused(4, stride=2, expand=4, channels=(40, 48)),
+    _mbconv(6, kernel=3, stride=2, expand=4, channels=(48, 104)),
+    _mbconv(9, kernel=3, stride=1, expand=6, channels=(104, 128)),
+    _mbconv(14, kernel=3, stride=2, expand=6, channels=(128, 208)),
+)
+_RW_S = (
+    _fused(2, stride=1, expand=1, channels=(24, 24), two_convs=True),
+    _fused(4, stride=2, expand=4, channels=(24, 48)),
+    _fused(4, stride=2, expand=4, channels=(48, 64)),
+    _mbconv(6, kernel=3, stride=2, expand=4, channels=(64, 128)),
+    _mbconv(9, kernel=3, stride=1, expand=6, channels=(128, 160)),
+    _mbconv(15, kernel=3, stride=2, expand=6, channels=(160, 272)),
+)
+_RW_M = (
+    _fused(3, stride=1, expand=1, channels=(32, 32), two_convs=True),
+    _fused(5, stride=2, expand=4, channels=(32, 56)),
+    _fused(5, stride=2, expand=4, channels=(56, 80)),
+    _mbconv(8, kernel=3, stride=2, expand=4, channels=(80, 152)),
+    _mbconv(15, kernel=3, stride=1, expand=6, channels=(152, 192)),
+    _mbconv(24, kernel=3, stride=2, expand=6, channels=(192, 328)),
+)
+
 # One block of every kind, small enough to train in a test.
 _TESTING = (
     _fused(1, stride=1, expand=1, channels=(8, 8)),
@@ -215,6 +250,18 @@ def _v1(name: str, *, width: float, depth: float, eval_size: int, dropout: float
     )  # fmt: skip
 
 
+def _rw(
+    name: str, blocks: tuple[BlockSpec, ...], *, features: int, sizes: tuple[int, int]
+) -> Variant:
+    """V2 of timm; sizes: (train, eval). timm does not print its recipe: the rest is V2-S's."""
+    return Variant(
+        name=name, family="timm", blocks=blocks, feature_size=features, padding="SYMMETRIC",
+        bn_epsilon=1e-5, train_size_setting=sizes[0], eval_size=sizes[1], dropout_rate=0.2,
+        augname="randaug", randaugment_magnitude=10, mixup_alpha=0, cutmix_alpha=0, stages=4,
+        sched=True, citation="huggingface/pytorch-image-models, efficientnet.py: efficientnetv2_rw",
+    )  # fmt: skip
+
+
 _PAPER_S = PaperRange(
     image_size=(128, 300), magnitude=(5, 15), mixup_alpha=(0, 0), dropout_rate=(0.1, 0.3)
 )
@@ -259,18 +306,30 @@ _OFFICIAL = (
     _v1("efficientnet-l2", width=4.3, depth=5.3, eval_size=800, dropout=0.5),
 )  # fmt: skip
 
+_TIMM = (
+    _rw("efficientnetv2-rw-t", _RW_T, features=1024, sizes=(224, 288)),
+    _rw("efficientnetv2-rw-s", _RW_S, features=1792, sizes=(288, 384)),
+    _rw("efficientnetv2-rw-m", _RW_M, features=2152, sizes=(320, 416)),
+)
+
 _TESTING_VARIANT = Variant(
     name="testing", family="testing", blocks=_TESTING, feature_size=32, train_size_setting=32,
     eval_size=32, dropout_rate=0.1, augname="randaug", randaugment_magnitude=10, mixup_alpha=0,
     cutmix_alpha=0, stages=2, sched=True, citation="none: one block of each kind, for tests",
 )  # fmt: skip
 
-_VARIANTS = {variant.name: variant for variant in (*_OFFICIAL, _TESTING_VARIANT)}
+_VARIANTS = {variant.name: variant for variant in (*_OFFICIAL, *_TIMM, _TESTING_VARIANT)}
 
 
-def list_models() -> tuple[str, ...]:
-    """Returns the names of the official networks ("testing" is left out)."""
-    return tuple(variant.name for variant in _OFFICIAL)
+def list_models(family: str | None = None) -> tuple[str, ...]:
+    """Returns the names of the networks of a family.
+
+    Args:
+      family: "v1", "v2" or "timm"; None: the official networks, V1 and V2.
+    """
+    if family is None:
+        return tuple(variant.name for variant in _OFFICIAL)
+    return tuple(variant.name for variant in _VARIANTS.values() if variant.family == family)
 
 
 def get_variant(name: str) -> Variant:
@@ -283,5 +342,6 @@ def get_variant(name: str) -> Variant:
         return _VARIANTS[name]
     near = difflib.get_close_matches(name, _VARIANTS, n=1, cutoff=0.0)[0]
     raise UserError(
-        f"unknown model {name!r}: did you mean {near!r}? Valid names: {', '.join(list_models())}"
+        f"unknown model {name!r}: did you mean {near!r}? Valid names: "
+        f"{', '.join((*list_models(), *list_models('timm')))}"
     )

@@ -1,3 +1,4 @@
+import dataclasses
 import subprocess
 import sys
 
@@ -15,6 +16,8 @@ from effv2_jax.models.block_spec import (
     round_channels,
     round_repeats,
 )
+from effv2_jax.models.network import create_model
+from effv2_jax.models.summary import summarize, totals
 from effv2_jax.models.variants import get_variant, list_models
 from tests import reference
 
@@ -82,6 +85,29 @@ def test_v2_b_variants_use_v1_preprocessing_and_autoaugment():
     assert get_variant("efficientnetv2-s").augment == "randaugment"
 
 
+def test_families_are_listed_apart_from_the_official_networks():
+    timm = list_models("timm")
+    assert timm == ("efficientnetv2-rw-t", "efficientnetv2-rw-s", "efficientnetv2-rw-m")
+    assert not set(timm) & set(list_models())
+    assert (*list_models("v2"), *list_models("v1")) == list_models()
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),  # of timm 1.0.31
+    [
+        ("efficientnetv2-rw-t", 13_649_388),
+        ("efficientnetv2-rw-s", 23_941_296),
+        ("efficientnetv2-rw-m", 53_236_442),
+    ],
+)
+def test_networks_of_timm_have_its_parameters_padding_and_epsilon(name, parameters):
+    rows = summarize(get_variant(name), image_size=224)
+    assert totals(rows)[1] == parameters
+    model = create_model(name)
+    assert (model.padding, model.bn_epsilon) == ("SYMMETRIC", 1e-5)
+    assert create_model("efficientnetv2-s").padding == "SAME"
+
+
 def test_unknown_model_names_the_nearest_one():
     with pytest.raises(UserError, match="did you mean 'efficientnetv2-b3'"):
         get_variant("efficientnetv2_b3")
@@ -94,7 +120,7 @@ def test_testing_variant_has_one_block_of_each_kind():
     assert {spec.kernel for spec in specs} == {3, 5}
 
 
-_specs = st.builds(
+_any_specs = st.builds(
     BlockSpec,
     fused=st.booleans(),
     kernel=st.sampled_from([3, 5, 7]),
@@ -104,6 +130,9 @@ _specs = st.builds(
     channels=st.integers(1, 999),
     repeats=st.integers(1, 40),
     se=st.floats(0, 1),
+)
+_specs = _any_specs | _any_specs.map(
+    lambda spec: dataclasses.replace(spec, fused=True, expand=1, two_convs=True)
 )
 
 
@@ -122,6 +151,9 @@ def test_block_notation_reads_back_what_it_wrote(spec):
         ("r2_k3.5_s1_e1_i24_o24", "k3.5"),
         ("r0_k3_s1_e1_i24_o24", "repeats"),
         ("r1_k3_s1_e1_i24_o24_se1.5", "se is 1.5"),
+        ("r1_k3_s1_e1_i24_o24_c1_p2", "p2 is unknown"),
+        ("r1_k3_s1_e4_i24_o24_c1_p1", "two_convs is for FusedMBConv"),
+        ("r1_k3_s1_e1_i24_o24_p1", "two_convs is for FusedMBConv"),
         ("", "''"),
     ],
 )
