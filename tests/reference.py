@@ -11,7 +11,7 @@ from types import ModuleType
 
 import numpy as np
 
-from effv2_jax.convert import names_tf
+from effv2_jax.convert import mapping, names_tf
 from effv2_jax.models.block_spec import BlockSpec, expand_blocks, parse_blocks
 from effv2_jax.models.variants import get_variant
 
@@ -74,7 +74,7 @@ def model_variables(name: str) -> dict:
     variant = get_variant(name)
     blocks = expand_blocks(variant.blocks, width=variant.width, depth=variant.depth)
     values = make_all(model_facts(name)["variables"])
-    return names_tf.variables_from_official(values, names_tf.tensor_names(blocks))
+    return mapping.arrange(values, names_tf.tensor_names(blocks))
 
 
 def train_variables(case: str) -> dict:
@@ -82,7 +82,7 @@ def train_variables(case: str) -> dict:
     facts = load_json("train/train.json")
     blocks = expand_blocks(parse_blocks(facts["blocks"]), width=1.0, depth=1.0)
     values = make_all(facts["cases"][case]["variables"])
-    return names_tf.variables_from_official(values, names_tf.tensor_names(blocks))
+    return mapping.arrange(values, names_tf.tensor_names(blocks))
 
 
 def block_spec(case: dict) -> BlockSpec:
@@ -99,7 +99,7 @@ def block_spec(case: dict) -> BlockSpec:
     )
 
 
-def case_names(case: dict) -> tuple[names_tf.TensorName, ...]:
+def case_names(case: dict) -> tuple[mapping.TensorName, ...]:
     """The names of the variables of an entry of blocks.json; blocks are called blocks_3."""
     if case["kind"] == "stem":
         return names_tf.stem_names()

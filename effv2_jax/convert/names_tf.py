@@ -8,32 +8,10 @@ Keras numbers the layers of a block in the order in which they are built, so tha
 means different things in different kinds of block; `_BLOCK_LAYERS` says which.
 """
 
-import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 
-import numpy as np
-
-from effv2_jax.errors import UserError
+from effv2_jax.convert.mapping import TensorName
 from effv2_jax.models.block_spec import BlockSpec
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorName:
-    """One variable under both names.
-
-    Attributes:
-      path: ours, "params/..." or "batch_stats/...".
-      official: TensorFlow's, without the model's name.
-    """
-
-    path: str
-    official: str
-
-    @property
-    def is_depthwise(self) -> bool:
-        """Whether the tensor is a depthwise kernel: [k, k, C, 1] there, [k, k, 1, C] here."""
-        return self.official.endswith("depthwise_kernel")
-
 
 # (fused, expands) -> our layer and its official name, in the order of creation.
 _BLOCK_LAYERS = {
@@ -92,8 +70,11 @@ def layer_names(module: str, layer: str, official: str) -> tuple[TensorName, ...
         leaves = (("params", "kernel", "kernel"), ("params", "bias", "bias"))
     else:
         leaves = (("params", "kernel", "kernel"),)
+    transform = "depthwise_tf" if layer == "depthwise_conv" else "same"
     return tuple(
-        TensorName(f"{collection}/{module}/{layer}/{ours}", f"{module}/{official}/{theirs}")
+        TensorName(
+            f"{collection}/{module}/{layer}/{ours}", f"{module}/{official}/{theirs}", transform
+        )
         for collection, ours, theirs in leaves
     )
 
@@ -139,49 +120,3 @@ def tensor_names(blocks: Sequence[BlockSpec], *, num_classes: int = 1000) -> tup
         *head_names(),
         *(classifier_names() if num_classes else ()),
     )
-
-
-def variables_from_official(
-    values: Mapping[str, np.ndarray], names: Iterable[TensorName]
-) -> dict[str, dict]:
-    """Turns official arrays into our variable tree {"params": ..., "batch_stats": ...}.
-
-    Args:
-      values: official name without the model's name -> array. Must hold exactly `names`.
-      names: the table, e.g. `tensor_names(model.block_specs)`.
-
-    Raises:
-      UserError: variables are missing or unknown; names all of them.
-    """
-    names = tuple(names)
-    wanted = {name.official for name in names}
-    problems = [f"missing {n.official}" for n in names if n.official not in values]
-    problems += [f"unexpected {key}" for key in sorted(values) if key not in wanted]
-    if problems:
-        raise UserError(
-            f"these are not the variables of this network ({len(problems)} differences): "
-            f"{', '.join(problems)}"
-        )
-    tree: dict[str, dict] = {"params": {}, "batch_stats": {}}
-    for name in names:
-        value = np.asarray(values[name.official])
-        *folders, leaf = name.path.split("/")
-        node = tree
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[leaf] = value.transpose(0, 1, 3, 2) if name.is_depthwise else value
-    return tree
-
-
-def official_from_variables(
-    variables: Mapping[str, Mapping], names: Iterable[TensorName]
-) -> dict[str, np.ndarray]:
-    """Turns our variable tree into official arrays; the inverse of `variables_from_official`."""
-    out = {}
-    for name in names:
-        value = variables
-        for folder in name.path.split("/"):
-            value = value[folder]
-        value = np.asarray(value)
-        out[name.official] = value.transpose(0, 1, 3, 2) if name.is_depthwise else value
-    return out

@@ -19,11 +19,10 @@ is no date in it.
 """
 
 import dataclasses
-import functools
 import importlib.metadata
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ import safetensors.numpy
 
 from effv2_jax import __version__
 from effv2_jax.atomic import replacing
+from effv2_jax.convert.comparison import differences, expected, flatten, nest, not_finite
 from effv2_jax.errors import UserError
 from effv2_jax.models.block_spec import format_block
 from effv2_jax.models.network import EfficientNet, create_model
@@ -43,7 +43,6 @@ from effv2_jax.models.variants import get_variant
 FORMAT = 1
 
 _KEY = "effv2_jax"
-_LISTED = 8  # tensors named per kind of problem before "and N more"
 
 # What the caller may say about the weights; the rest of the header follows from the model.
 _TOLD = ("image_size", "preprocessing", "labels", "source", "metrics")
@@ -60,6 +59,8 @@ def save_weights(
     model: EfficientNet,
     variables: Mapping[str, Any],
     info: Mapping[str, Any] | None = None,
+    *,
+    verify: bool = False,
 ) -> None:
     """Writes the weights file; the one that was there stays until the new one is complete.
 
@@ -69,22 +70,25 @@ def save_weights(
         variables: {"params": ..., "batch_stats": ...} of the model.
         info: image_size, preprocessing, labels, source, metrics (see above), each optional; what
             `load_weights` returned is accepted as it is.
+        verify: read everything back and compare it bit by bit before the file gets its name.
 
     Raises:
         UserError: the variables are not the model's or not finite, the info is inconsistent, or
-            the file cannot be written; all problems are named.
+            the file cannot be written or reads back differently; all problems are named.
     """
     path = Path(path)
-    tensors = {name: np.asarray(value) for name, value in _flatten(variables)}
+    tensors = {name: np.asarray(value) for name, value in flatten(variables)}
     header = _header(path, model, dict(info or {}))
     found = {name: ("float32", tensor.shape) for name, tensor in tensors.items()}
-    problems = _compare(found, _expected(model)) + _not_finite(tensors)
+    problems = differences(found, expected(model)) + not_finite(tensors)
     if problems:
         raise UserError(f"{path}: not written: {'; '.join(problems)}")
     tensors = {name: np.ascontiguousarray(t, np.float32) for name, t in tensors.items()}
     try:
         with replacing(path) as temporary:
             safetensors.numpy.save_file(tensors, temporary, {_KEY: json.dumps(header)})
+            if verify:
+                _verify(path, temporary, tensors)
     except (OSError, safetensors.SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot be written: {reason}") from None
@@ -108,18 +112,12 @@ def load_weights(path: str | Path) -> tuple[EfficientNet, dict[str, Any], dict[s
         model = create_model(info["model"], info["num_classes"], **info["overrides"])
     except UserError as error:
         raise UserError(f"{path}: its header describes no known network: {error}") from None
-    problems = _compare(found, _expected(model)) + _not_finite(tensors)
+    problems = differences(found, expected(model)) + not_finite(tensors)
     if problems:
         raise UserError(
             f"{path}: not the weights of {info['model']} as its header says: {'; '.join(problems)}"
         )
-    variables: dict[str, Any] = {"params": {}, "batch_stats": {}}
-    for name, tensor in tensors.items():
-        *folders, leaf = name.split("/")
-        node = functools.reduce(
-            lambda tree, folder: tree.setdefault(folder, {}), folders, variables
-        )
-        node[leaf] = jnp.asarray(tensor)
+    variables = nest({name: jnp.asarray(tensor) for name, tensor in tensors.items()})
     return model, variables, info
 
 
@@ -146,6 +144,23 @@ def _opened(path: Path) -> Any:
         ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def _verify(path: Path, temporary: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Compares a file with what was written to it, tensor by tensor, bit by bit."""
+    with safetensors.safe_open(temporary, framework="numpy") as file:
+        same = set(file.keys()) == set(tensors)
+        different = [
+            name
+            for name, tensor in tensors.items()
+            if not same
+            or not np.array_equal(file.get_tensor(name).view(np.uint32), tensor.view(np.uint32))
+        ]
+    if different:
+        raise UserError(
+            f"{path}: not written: {len(different)} tensors read back differently, first "
+            f"{different[0]}; is the disk damaged?"
+        )
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, tuple]]:
@@ -250,48 +265,3 @@ def _overrides(model: EfficientNet) -> dict[str, Any]:
         is_blocks = field.name == "blocks"
         overrides[field.name] = [format_block(block) for block in value] if is_blocks else value
     return overrides
-
-
-def _flatten(variables: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    leaves, _ = jax.tree.flatten_with_path(variables)
-    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
-
-
-def _expected(model: EfficientNet) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """(dtype, shape) of every variable of the model, by path."""
-    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
-    return {name: ("float32", leaf.shape) for name, leaf in _flatten(shapes)}
-
-
-def _compare(
-    found: Mapping[str, tuple[str, tuple]], expected: Mapping[str, tuple[str, tuple]]
-) -> list[str]:
-    missing = [name for name in expected if name not in found]
-    unexpected = [name for name in found if name not in expected]
-    different = [
-        f"{name} is {_text(found[name])}, expected {_text(expected[name])}"
-        for name in expected
-        if name in found and found[name] != expected[name]
-    ]
-    kinds = (("missing", missing), ("unexpected", unexpected), ("different", different))
-    return [_list(kind, names) for kind, names in kinds if names]
-
-
-def _not_finite(tensors: Mapping[str, np.ndarray]) -> list[str]:
-    names = [
-        f"{name} ({np.count_nonzero(~np.isfinite(tensor))} of {tensor.size} values)"
-        for name, tensor in tensors.items()
-        if not np.isfinite(tensor).all()
-    ]
-    return [_list("not finite", names)] if names else []
-
-
-def _text(entry: tuple[str, tuple]) -> str:
-    dtype, shape = entry
-    return f"{dtype}{list(shape)}"
-
-
-def _list(kind: str, names: Sequence[str]) -> str:
-    more = f", and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return f"{len(names)} {kind}: {', '.join(names[:_LISTED])}{more}"

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effv2_jax.convert import names_tf
+from effv2_jax.convert import mapping
 from effv2_jax.models import layers
 from effv2_jax.models.blocks import FusedMBConv, MBConv, SqueezeExcite
 from effv2_jax.models.network import Head, Stem
@@ -47,7 +47,7 @@ def _folder(case):
 
 def _variables(case):
     values = reference.make_all(case["variables"])
-    tree = names_tf.variables_from_official(values, reference.case_names(case))
+    tree = mapping.arrange(values, reference.case_names(case))
     return {key: node[_folder(case)] for key, node in tree.items()}
 
 
@@ -79,7 +79,7 @@ def _run(case, implementation):
         return evaluated, trained, vjp(jnp.asarray(cotangent)), moved
 
     evaluated, trained, (grads, grad_x), moved = everything(variables, x)
-    official = names_tf.official_from_variables(
+    official = mapping.from_variables(
         {"params": {folder: grads}, "batch_stats": {folder: moved}}, names
     )
     results = {"out_eval": evaluated, "out_train": trained, "grad/input": grad_x}

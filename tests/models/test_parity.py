@@ -59,7 +59,7 @@ def test_variables_are_exactly_the_official_ones(name):
             shape[2], shape[3] = shape[3], shape[2]
         found["/".join(keys)] = (shape, keys[0] == "params")
     names = names_tf.tensor_names(model.block_specs)
-    assert [n.official for n in names] == [row[0] for row in facts["variables"]]
+    assert [n.theirs for n in names] == [row[0] for row in facts["variables"]]
     expected = {
         n.path: (shape, trainable)
         for n, (_, shape, trainable) in zip(names, facts["variables"], strict=True)

@@ -104,7 +104,7 @@ def test_weight_decay_reaches_the_same_variables_as_the_official_expression(mode
     expected = {
         name.path.removeprefix("params/")
         for name in names
-        if not re.match(OFFICIAL_EXCLUDE, name.official)
+        if not re.match(OFFICIAL_EXCLUDE, name.theirs)
     }
     assert found == expected
     assert len(found) < len(names)

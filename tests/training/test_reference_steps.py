@@ -19,7 +19,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from effv2_jax.config import base_config
-from effv2_jax.convert import names_tf
+from effv2_jax.convert import mapping, names_tf
 from effv2_jax.models.network import create_model
 from effv2_jax.models.variants import get_variant
 from effv2_jax.training import step as steps
@@ -137,7 +137,7 @@ def run(case: str) -> Run:
     return result
 
 
-def names(case: str) -> tuple[names_tf.TensorName, ...]:
+def names(case: str) -> tuple[mapping.TensorName, ...]:
     return names_tf.tensor_names(parts(case)[0].block_specs)
 
 
@@ -173,7 +173,7 @@ def test_losses_rates_and_norms_of_every_step(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_norm_of_every_gradient_of_the_first_step(case):
-    found = names_tf.official_from_variables(
+    found = mapping.from_variables(
         {"params": run(case).gradients}, [n for n in names(case) if n.path.startswith("params/")]
     )
     expected = facts()["cases"][case]["grad0_l2"]
@@ -186,7 +186,7 @@ def test_norm_of_every_gradient_of_the_first_step(case):
 
 @pytest.mark.parametrize("case", ["a_rmsprop", "d_sigmoid"])
 def test_gradients_of_the_first_step(case):
-    found = names_tf.official_from_variables(
+    found = mapping.from_variables(
         {"params": run(case).gradients}, [n for n in names(case) if n.path.startswith("params/")]
     )
     arrays = reference.load_npz(f"train/{case}.npz")
@@ -215,7 +215,7 @@ def test_variables_after_five_steps(case, kind):
     variables = (
         state.ema if kind == "ema" else {"params": state.params, "batch_stats": state.batch_stats}
     )
-    found = names_tf.official_from_variables(variables, names(case))
+    found = mapping.from_variables(variables, names(case))
     assert {f"{kind}/{name}" for name in found} == {k for k in arrays if k.startswith(f"{kind}/")}
     # Adam divides by the size of gradients that are nearly zero (README of the reference data).
     tolerance = 2e-4 if case == "c_adam" else 1e-5
@@ -252,6 +252,6 @@ def test_weight_decay_is_on_the_official_variables(case):
     params = reference.train_variables(case)["params"]
     mask = jax.tree_util.tree_flatten_with_path(decay_mask(recipe, params))[0]
     ours = {"params/" + parameter_path(path) for path, decays in mask if decays}
-    official = {n.path for n in names(case) if n.official in facts()["cases"][case]["l2_variables"]}
+    official = {n.path for n in names(case) if n.theirs in facts()["cases"][case]["l2_variables"]}
     assert ours == official
     assert len(ours) == len(facts()["cases"][case]["l2_variables"])
