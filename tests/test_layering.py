@@ -19,10 +19,12 @@ MAY_IMPORT = {
     "config_files": {"config", "errors"},
     "models": {"errors"},
     "data": {"errors"},
-    "convert": {"models", "atomic", "errors"},
+    "convert": {"models", "data", "atomic", "errors"},
     "pretrained": {"atomic", "convert", "data", "errors", "models"},
     "report": {"atomic", "errors"},
-    "inference": {"atomic", "data", "errors", "models", "report", "startup"},
+    "inference": {
+        "atomic", "config", "data", "errors", "models", "pretrained", "report", "startup",
+    },
     "training": {
         "atomic", "config", "convert", "data", "errors", "models", "pretrained", "report",
         "startup",

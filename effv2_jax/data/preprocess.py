@@ -20,6 +20,8 @@ a quarter of the bytes goes to the device.)
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +32,10 @@ from effv2_jax.errors import UserError
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)  # shares of 255; preprocess_legacy.py:mean_rgb
 _IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
+
+# What a weights file may say of them.
+_CROPS = ("central", "none")
+_INTERPOLATIONS = ("bilinear", "bicubic")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +99,47 @@ def normalization(kind: str) -> tuple[np.ndarray, np.ndarray]:
     """(mean, std), float32 [3], in pixels 0..255: the network sees (pixel - mean) / std."""
     found = get_kind(kind)
     return np.asarray(found.mean, np.float32), np.asarray(found.std, np.float32)
+
+
+def kind_of(preprocessing: Mapping[str, Any], *, image_size: int) -> Kind:
+    """The kind that a weights file describes, with what it says otherwise than the usual one.
+
+    Args:
+      preprocessing: "kind", "mean", "std", "crop" (central, none), "interpolation" (bilinear,
+        bicubic).
+      image_size: px, the size for which "crop" was said.
+
+    Raises:
+      UserError: it says what there is not.
+    """
+    kind = get_kind(preprocessing["kind"])
+    for key, known in (("crop", _CROPS), ("interpolation", _INTERPOLATIONS)):
+        if preprocessing[key] not in known:
+            raise UserError(
+                f"preprocessing: {key} is {preprocessing[key]!r}, expected {' or '.join(known)}"
+            )
+    crop_below = kind.crop_below
+    if (preprocessing["crop"] == "central") != (image_size < crop_below):
+        crop_below = math.inf if preprocessing["crop"] == "central" else 0.0
+    return dataclasses.replace(
+        kind,
+        mean=tuple(preprocessing["mean"]),
+        std=tuple(preprocessing["std"]),
+        bicubic=preprocessing["interpolation"] == "bicubic",
+        crop_below=crop_below,
+    )
+
+
+def describe(kind: str, image_size: int) -> dict[str, Any]:
+    """How evaluation images of a size (px) are made, as the weights file keeps it."""
+    found = get_kind(kind)
+    return {
+        "kind": found.name,
+        "mean": list(found.mean),
+        "std": list(found.std),
+        "crop": "central" if image_size < found.crop_below else "none",
+        "interpolation": "bicubic" if found.bicubic else "bilinear",
+    }
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,10 +1,9 @@
 """What a finished run leaves beside its checkpoints: final weights, curves, a summary."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from effv2_jax.convert.weights_file import save_weights
-from effv2_jax.data.preprocess import get_kind
+from effv2_jax.data.preprocess import describe
 from effv2_jax.training.setup import Setup
 from effv2_jax.training.step import TrainState
 from effv2_jax.training.workdir import Workdir
@@ -25,7 +24,7 @@ def write_final_weights(
     raw = {"params": state.params, "batch_stats": state.batch_stats}
     info = {
         "image_size": setup.eval_size,
-        "preprocessing": preprocessing(setup.config.data.preprocessing, setup.eval_size),
+        "preprocessing": describe(setup.config.data.preprocessing, setup.eval_size),
         "labels": _labels(setup),
         "source": {
             "framework": "effv2_jax",
@@ -36,23 +35,6 @@ def write_final_weights(
         "metrics": dict(results),
     }
     save_weights(folder.final_weights, setup.model, state.ema if average else raw, info)
-
-
-def preprocessing(kind: str, image_size: int) -> dict[str, Any]:
-    """Returns how evaluation images are made, as the weights file keeps it.
-
-    Args:
-        kind: v2, v1, finetune or advprop.
-        image_size: px.
-    """
-    found = get_kind(kind)
-    return {
-        "kind": found.name,
-        "mean": list(found.mean),
-        "std": list(found.std),
-        "crop": "central" if image_size < found.crop_below else "none",
-        "interpolation": "bicubic" if found.bicubic else "bilinear",
-    }
 
 
 def write_curves(folder: Workdir) -> None:
