@@ -65,6 +65,11 @@ def natural_order(names: Iterable[str]) -> list[str]:
     return sorted(names, key=key)
 
 
+def folder_name(path: str) -> str:
+    """Returns the name of the folder that a picture lies in: its class, in a folder of classes."""
+    return os.path.basename(os.path.dirname(os.path.abspath(path)))
+
+
 def _expand(name: str, *, patterns: bool) -> list[str]:
     if os.path.isfile(name):
         return [name]

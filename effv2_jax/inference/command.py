@@ -1,0 +1,115 @@
+"""What the commands of this package share: their parser, their exit codes, their words."""
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+from effv2_jax.atomic import replacing
+from effv2_jax.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes no abbreviations, and raises UserError where argparse prints its usage."""
+
+    def __init__(self, description: str, epilog: str = "") -> None:
+        super().__init__(
+            description=description,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Refuses the command line."""
+        raise UserError(f"{message}; --help shows the flags")
+
+
+def add_picture_flags(parser: Parser) -> None:
+    """Adds what every command over pictures takes."""
+    add = parser.add_argument
+    add("pictures", metavar="IMAGE", nargs="+",
+        help="file, folder (all below it), pattern in quotes, or - for names on standard input, "
+        "one a line")  # fmt: skip
+    add("--image-size", type=positive, metavar="N", help="px; default: as the weights say")
+    add("--batch-size", type=positive, default=32, metavar="N", help="default: 32")
+    add("--on-corrupt", choices=("error", "skip"), default="error",
+        help="a file that is no picture: stop (default), or tell it and leave it out")  # fmt: skip
+    add("--no-tune", action="store_true", help="leave allocator and XLA flags as they are")
+
+
+def positive(text: str) -> int:
+    """The type of a flag that is a number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number from 1 on")
+    return int(text)
+
+
+def exit_code(command: Callable[[], None]) -> int:
+    """Runs a command: 0 done, 2 the input is wrong (one line on standard error)."""
+    try:
+        command()
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130  # 128 + SIGINT, as shells have it
+    except BrokenPipeError:  # the reader, `head` for example, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def say(text: str) -> None:
+    """Tells the user something on standard error: standard output is for results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def write_text(text: str, path: str | None) -> None:
+    """Writes to a file, which is complete or as it was, or to standard output.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    if path is None:
+        # Names on a disk may have bytes that are no text.
+        sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout.write(text)
+        return
+    with written(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+@contextlib.contextmanager
+def written(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path whose file takes the place of `path` at the end.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    try:
+        with replacing(path) as temporary:
+            yield temporary
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def check_output(flag: str, path: str | None, *, endings: tuple[str, ...] = ()) -> None:
+    """Refuses a file that could not be written in the end, before any work is done.
+
+    Args:
+        flag: that named it.
+        path: the file, or None.
+        endings: of its name, one of which is needed; (): any.
+    """
+    if path is None:
+        return
+    folder = Path(path).absolute().parent
+    if Path(path).is_dir() or not folder.is_dir():
+        found = "is a folder" if Path(path).is_dir() else f"there is no folder {folder}"
+        raise UserError(f"{flag} {path}: {found}; expected the name of a file to write")
+    if endings and not path.lower().endswith(endings):
+        raise UserError(f"{flag} {path}: expected a name ending in {', '.join(endings)}")
