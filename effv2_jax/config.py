@@ -248,9 +248,29 @@ def _single_values(values: dict[str, Any]) -> Iterator[str]:
             yield f"{key} = {values[key]!r}: not a regular expression: {error}"
     if values["model.blocks"]:
         yield from _blocks(values["model.blocks"])
-    weights = values["init.weights"]
-    if weights and not Path(weights).is_file():
-        yield f"init.weights = {weights!r}: no such file"
+    if values["init.weights"] and not Path(values["init.weights"]).is_file():
+        yield from _released_weights(values["init.weights"], values["model.name"])
+
+
+def _released_weights(spec: str, model: str) -> Iterator[str]:
+    from effv2_jax.pretrained import released  # a table; imports no JAX
+
+    if not released.names_weights(spec):
+        yield (
+            f"init.weights = {spec!r}: no such file; expected a weights file or NAME:WEIGHTS such "
+            "as efficientnetv2-s:imagenet21k"
+        )
+        return
+    try:
+        row = released.parse(spec)
+    except UserError as error:
+        yield f"init.weights = {error}"
+        return
+    if row.model != model:
+        yield (
+            f"init.weights = {spec}: weights of another network than model.name = {model!r}: set "
+            f"model.name={row.model} or choose other weights"
+        )
 
 
 def _blocks(rows: tuple) -> Iterator[str]:

@@ -121,8 +121,10 @@ def base_config() -> ConfigDict:
     })
 
     config.init = ConfigDict({
-        "weights": "",                   # .safetensors file to start from
-        "freeze": "",                    # parameters whose path matches (re.match) stay as they are
+        "weights": "",                   # to start from: a .safetensors file, or NAME:WEIGHTS of
+                                         # the released ones (python -m effv2_jax.pretrained)
+        "freeze": "",                    # parameters whose path matches (re.match) stay as they
+                                         # are, and so do the statistics of such norms
     })
 
     config.runtime = ConfigDict({

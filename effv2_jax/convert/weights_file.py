@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -51,7 +50,8 @@ _PREPROCESSING = ("kind", "mean", "std", "crop", "interpolation")
 
 # How a network is computed or trained, not what it is.
 _NOT_SAVED = ("variant", "num_classes", "dtype", "remat", "lowering", "axis_name", "survival_fn",
-              "initializer", "bn_group_size", "bn_two_pass", "parent", "name")  # fmt: skip
+              "initializer", "bn_group_size", "bn_two_pass", "freeze", "parent",
+              "name")  # fmt: skip
 
 
 def save_weights(
@@ -117,7 +117,7 @@ def load_weights(path: str | Path) -> tuple[EfficientNet, dict[str, Any], dict[s
         raise UserError(
             f"{path}: not the weights of {info['model']} as its header says: {'; '.join(problems)}"
         )
-    variables = nest({name: jnp.asarray(tensor) for name, tensor in tensors.items()})
+    variables = nest(jax.device_put(tensors))
     return model, variables, info
 
 

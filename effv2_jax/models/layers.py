@@ -7,6 +7,7 @@ How a convolution is computed on a backend is the business of `lowering.py`.
 
 import difflib
 import math
+import re
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -224,6 +225,8 @@ class BatchNorm(nn.Module):
       two_pass: variance about the mean instead of E[x^2] - E[x]^2: slower, exact to rounding even
         where |mean| is far above the deviation.
       axis_name: mesh axis over which the batch is split; the layer then runs inside a `shard_map`.
+      freeze: regular expression of parameter paths; a layer whose scale and bias match it
+        normalises by its moving statistics in training too, and leaves them as they are.
       dtype: of the output.
     """
 
@@ -233,6 +236,7 @@ class BatchNorm(nn.Module):
     group_size: int = 0
     two_pass: bool = False
     axis_name: str | None = None
+    freeze: str = ""
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -243,7 +247,7 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, channels, jnp.float32)
         moving_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)
         moving_var = self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32)
-        if not train:
+        if not train or self._is_frozen():
             factor = scale * lax.rsqrt(moving_var.value + self.epsilon)
             y = (x.astype(jnp.float32) - moving_mean.value) * factor + bias
             return y.astype(self.dtype)
@@ -273,6 +277,10 @@ class BatchNorm(nn.Module):
             # x - mean: a fifth less memory for activations on CPU.
             y = x32 * factor + (bias - mean * factor)
         return y.reshape(x.shape).astype(self.dtype)
+
+    def _is_frozen(self) -> bool:
+        paths = ("/".join((*self.path, leaf)) for leaf in ("scale", "bias"))
+        return bool(self.freeze) and all(re.match(self.freeze, path) for path in paths)
 
     def _move(self, old: Array, new: Array) -> Array:
         return self.momentum * old + (1 - self.momentum) * lax.stop_gradient(new)

@@ -92,6 +92,7 @@ class EfficientNet(nn.Module):
       remat: recompute each block in the backward pass: less memory, a third more arithmetic.
       lowering: how convolutions are computed: "auto", "plain" or "cpu".
       axis_name: mesh axis over which the batch is split, when applied inside `jax.shard_map`.
+      freeze: regular expression; norms whose parameters match it are frozen (`layers.BatchNorm`).
       dtype: compute type; parameters, statistics and logits are float32 always.
     """
 
@@ -116,6 +117,7 @@ class EfficientNet(nn.Module):
     remat: bool = False
     lowering: str = "auto"
     axis_name: str | None = None
+    freeze: str = ""
     dtype: Any = jnp.float32
 
     @property
@@ -228,6 +230,7 @@ class EfficientNet(nn.Module):
                 group_size=self.bn_group_size,
                 two_pass=self.bn_two_pass,
                 axis_name=self.axis_name,
+                freeze=self.freeze,
                 dtype=self.dtype,
             ),
             "activation": layers.get_activation(self.activation),

@@ -106,6 +106,8 @@ def make_train_step(
       labels are mixed), finite (1 or 0). A step whose loss or gradient is not
       finite leaves everything but `step` and `skipped` as it was.
     """
+    if recipe.freeze:
+        model = model.clone(freeze=recipe.freeze)
 
     def local_step(state: TrainState, batch: Batch, knobs: Knobs) -> tuple[TrainState, Metrics]:
         result = local_gradients(model, recipe, state, batch, knobs)

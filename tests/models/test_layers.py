@@ -1,5 +1,6 @@
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -241,3 +242,34 @@ def test_initial_kernels_have_the_official_deviation():
     assert np.max(np.abs(dense["kernel"])) <= 0.1
     assert np.std(dense["kernel"]) == pytest.approx(0.1 / np.sqrt(3), rel=0.011)
     np.testing.assert_array_equal(dense["bias"], np.full(100, -4.5))
+
+
+class OneNorm(nn.Module):
+    freeze: str
+
+    @nn.compact
+    def __call__(self, x, train):
+        return layers.BatchNorm(name="norm", freeze=self.freeze)(x, train)
+
+
+def _apply_in_training(freeze):
+    x = jnp.asarray(np.random.default_rng(0).normal(1, 3, (4, 5, 5, 3)), jnp.float32)
+    network = OneNorm(freeze)
+    variables = jax.tree.map(lambda leaf: leaf + 0.5, network.init(jax.random.key(0), x, False))
+    found, mutated = network.apply(variables, x, True, mutable=["batch_stats"])
+    evaluated = network.apply(variables, x, False)
+    return found, evaluated, mutated["batch_stats"]["norm"], variables["batch_stats"]["norm"]
+
+
+def test_a_frozen_norm_trains_as_it_evaluates_and_keeps_its_statistics():
+    found, evaluated, after, before = _apply_in_training("norm/")
+    np.testing.assert_array_equal(found, evaluated)
+    for name, value in before.items():
+        np.testing.assert_array_equal(after[name], value)
+
+
+@pytest.mark.parametrize("freeze", ["", "other/", "norm/scale"])
+def test_a_norm_that_is_not_frozen_as_a_whole_uses_the_batch(freeze):
+    found, evaluated, after, before = _apply_in_training(freeze)
+    assert not np.allclose(found, evaluated)
+    assert not np.any(after["mean"] == before["mean"])

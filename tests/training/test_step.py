@@ -263,7 +263,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counters():
     assert not np.array_equal(*kernels)
 
 
-def test_frozen_parameters_stay_and_do_not_decay_while_their_statistics_move():
+def test_frozen_parameters_and_their_statistics_stay_and_do_not_decay():
     changes = {
         "freeze": "(stem|blocks_0)/", "weight_decay": 0.1, "decoupled_weight_decay": 0.1,
         "ema_decay": 0.9, "gradient_clip": 1.0,
@@ -278,8 +278,10 @@ def test_frozen_parameters_stay_and_do_not_decay_while_their_statistics_move():
         kernels = [p for p in jax.tree.leaves(after.params[part]) if p.ndim > 1]
         before = [p for p in jax.tree.leaves(state.params[part]) if p.ndim > 1]
         assert all(not np.array_equal(a, b) for a, b in zip(kernels, before, strict=True))
-    # Batch statistics are used and recorded as in training from scratch (official: main.py).
-    assert np.any(after.batch_stats["stem"]["norm"]["mean"] != 0)
+    for part in ("stem", "blocks_0"):
+        assert_trees_equal(after.batch_stats[part], state.batch_stats[part])
+        assert_trees_equal(after.ema["batch_stats"][part], state.batch_stats[part])
+    assert np.any(after.batch_stats["head"]["norm"]["mean"] != 0)
     l2 = sum(
         0.05 * float(np.sum(np.square(p)))
         for part in ("head", "classifier")
