@@ -22,7 +22,7 @@ import numpy as np
 
 from effv2_jax.convert.comparison import flatten
 from effv2_jax.convert.weights_file import save_weights
-from effv2_jax.data.preprocess import describe
+from effv2_jax.data.kinds import describe
 from effv2_jax.errors import UserError
 from effv2_jax.models.network import EfficientNet, create_model
 from effv2_jax.models.variants import get_variant

@@ -1,16 +1,4 @@
-"""Crop, resize and normalise one picture, as the official code does for training and evaluation.
-
-Four kinds, and the kind travels with the weights:
-
-| kind | evaluation shows | resize | normalised |
-|---|---|---|---|
-| v2 | the centre below 320 px, else the whole picture, squeezed | bilinear | (x-128)/128 |
-| v1 | the centre, at every size | v1 bicubic | ImageNet mean, deviation |
-| finetune | the whole picture, squeezed to a square | bilinear | (x/255-.5)/.5 |
-| advprop | as v1 | v1 bicubic | x*2/255-1 |
-
-Official: preprocessing.py (v2 and finetune) and preprocess_legacy.py (v1) of google/automl
-efficientnetv2; advprop: eval_ckpt_main.py (`advprop_preprocessing`) of tensorflow/tpu efficientnet.
+"""Crop, resize and normalise one picture, in training and evaluation, as its kind says (kinds.py).
 
 The host crops and resizes; flips, augmentation and normalisation run on the device. A training
 picture is truncated to uint8 after the resize, as the official code does before it augments. (With
@@ -20,126 +8,20 @@ a quarter of the bytes goes to the device.)
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
 from effv2_jax.data import decode_fast
 from effv2_jax.data.decode import EncodedImage
+from effv2_jax.data.kinds import Kind, get_kind
 from effv2_jax.data.resize import resize_bicubic_v1, resize_bilinear
-from effv2_jax.errors import UserError
-
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)  # shares of 255; preprocess_legacy.py:mean_rgb
-_IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
-
-# What a weights file may say of them.
-_CROPS = ("central", "none")
-_INTERPOLATIONS = ("bilinear", "bicubic")
-
-
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """What one kind of preprocessing does.
-
-    Attributes:
-      name: as in the config.
-      mean: subtracted from pixels 0..255, per channel.
-      std: what the difference is divided by.
-      bicubic: v1 bicubic instead of bilinear resizing, in training and evaluation.
-      crop_below: evaluation crops the centre for sizes below this (px); 0: never.
-      round_up: the central crop's offset is (free + 1) // 2 instead of free // 2.
-      min_covered: training crops below this share of the picture are drawn again (the official
-        v1 code asks for 0.1 of the box that is the whole picture).
-      centre_when_whole: a training crop equal to the whole picture is replaced by the central one.
-    """
-
-    name: str
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    bicubic: bool = False
-    crop_below: float = 0.0
-    round_up: bool = False
-    min_covered: float = 0.0
-    centre_when_whole: bool = False
-
-
-_V1 = Kind(
-    name="v1",
-    mean=tuple(255 * m for m in _IMAGENET_MEAN),
-    std=tuple(255 * s for s in _IMAGENET_DEVIATION),
-    bicubic=True,
-    crop_below=math.inf,
-    round_up=True,
-    min_covered=0.1,
-    centre_when_whole=True,
-)
-KINDS: dict[str, Kind] = {
-    "v2": Kind(name="v2", mean=(128.0,) * 3, std=(128.0,) * 3, crop_below=320),
-    "v1": _V1,
-    "finetune": Kind(name="finetune", mean=(127.5,) * 3, std=(127.5,) * 3),
-    "advprop": dataclasses.replace(_V1, name="advprop", mean=(127.5,) * 3, std=(127.5,) * 3),
-}
-
-
-def get_kind(name: str) -> Kind:
-    """The kind of that name.
-
-    Raises:
-      UserError: there is none.
-    """
-    if name not in KINDS:
-        raise UserError(
-            f"data.preprocessing: found {name!r}, expected one of {', '.join(sorted(KINDS))}"
-        )
-    return KINDS[name]
+from effv2_jax.data.resize_pillow import evaluation_pillow, resize_pillow, scaled_centre
 
 
 def normalization(kind: str) -> tuple[np.ndarray, np.ndarray]:
     """(mean, std), float32 [3], in pixels 0..255: the network sees (pixel - mean) / std."""
     found = get_kind(kind)
     return np.asarray(found.mean, np.float32), np.asarray(found.std, np.float32)
-
-
-def kind_of(preprocessing: Mapping[str, Any], *, image_size: int) -> Kind:
-    """The kind that a weights file describes, with what it says otherwise than the usual one.
-
-    Args:
-      preprocessing: "kind", "mean", "std", "crop" (central, none), "interpolation" (bilinear,
-        bicubic).
-      image_size: px, the size for which "crop" was said.
-
-    Raises:
-      UserError: it says what there is not.
-    """
-    kind = get_kind(preprocessing["kind"])
-    for key, known in (("crop", _CROPS), ("interpolation", _INTERPOLATIONS)):
-        if preprocessing[key] not in known:
-            raise UserError(
-                f"preprocessing: {key} is {preprocessing[key]!r}, expected {' or '.join(known)}"
-            )
-    crop_below = kind.crop_below
-    if (preprocessing["crop"] == "central") != (image_size < crop_below):
-        crop_below = math.inf if preprocessing["crop"] == "central" else 0.0
-    return dataclasses.replace(
-        kind,
-        mean=tuple(preprocessing["mean"]),
-        std=tuple(preprocessing["std"]),
-        bicubic=preprocessing["interpolation"] == "bicubic",
-        crop_below=crop_below,
-    )
-
-
-def describe(kind: str, image_size: int) -> dict[str, Any]:
-    """How evaluation images of a size (px) are made, as the weights file keeps it."""
-    found = get_kind(kind)
-    return {
-        "kind": found.name,
-        "mean": list(found.mean),
-        "std": list(found.std),
-        "crop": "central" if image_size < found.crop_below else "none",
-        "interpolation": "bicubic" if found.bicubic else "bilinear",
-    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,6 +198,8 @@ def training_image(
         r = _reduction(box, size) if image.reducible else 1
         reduced = Box(*(value // r for value in dataclasses.astuple(box)))
         crop = _cut(image.pixels(r), reduced)
+    if kind.pillow:
+        return resize_pillow(crop, (size, size), bicubic=kind.bicubic)
     if kind.bicubic:
         return np.clip(resize_bicubic_v1(crop, (size, size)), 0, 255).astype(np.uint8)
     if fast_resize:
@@ -332,13 +216,18 @@ def evaluation_box(height: int, width: int, *, size: int, kind: Kind) -> Box:
       size: of the example, pixels.
       kind: of preprocessing.
     """
+    if kind.share:
+        # Resizing comes first and rounds the longer side: exact to a pixel.
+        scaled, centre = scaled_centre(height, width, size=size, share=kind.share)
+        pixels = [round(value * min(height, width) / min(scaled)) for value in (*centre, size)]
+        return Box(pixels[0], pixels[1], pixels[2], pixels[2])
     if size < kind.crop_below:
         return central_crop(height, width, size=size, round_up=kind.round_up)
     return Box(0, 0, height, width)
 
 
 def evaluation_image(pixels: np.ndarray, *, size: int, kind: Kind) -> np.ndarray:
-    """Crops and resizes an evaluation picture exactly as the official code.
+    """Crops and resizes an evaluation picture exactly as the official code, timm or torchvision.
 
     Args:
       pixels: [H, W, 3] uint8.
@@ -348,6 +237,8 @@ def evaluation_image(pixels: np.ndarray, *, size: int, kind: Kind) -> np.ndarray
     Returns:
       [size, size, 3] float32, pixels 0..255 (bicubic overshoots), unrounded, not normalised.
     """
+    if kind.pillow:
+        return evaluation_pillow(pixels, size=size, share=kind.share, bicubic=kind.bicubic)
     box = evaluation_box(*pixels.shape[:2], size=size, kind=kind)
     resize = resize_bicubic_v1 if kind.bicubic else resize_bilinear
     return resize(_cut(pixels, box), (size, size))

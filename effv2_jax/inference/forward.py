@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from effv2_jax.data.preprocess import Kind
+from effv2_jax.data.kinds import Kind
 
 _AXIS = "data"
 

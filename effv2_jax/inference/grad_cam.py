@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from effv2_jax.config import nearest
-from effv2_jax.data.preprocess import Kind
+from effv2_jax.data.kinds import Kind
 from effv2_jax.errors import UserError
 from effv2_jax.inference.forward import BatchProgram, normalize
 from effv2_jax.models.network import EfficientNet

@@ -9,7 +9,8 @@ import numpy as np
 from PIL import Image
 
 from effv2_jax.data.decode import CorruptImageError, decode
-from effv2_jax.data.preprocess import Kind, evaluation_box, evaluation_image
+from effv2_jax.data.kinds import Kind
+from effv2_jax.data.preprocess import evaluation_box, evaluation_image
 from effv2_jax.errors import UserError
 from effv2_jax.startup import usable_cores
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from effv2_jax.data import imagenet
-from effv2_jax.data.preprocess import KINDS, Kind, kind_of
+from effv2_jax.data.kinds import KINDS, Kind, kind_of
 from effv2_jax.errors import UserError
 from effv2_jax.models.network import EfficientNet
 from effv2_jax.models.variants import get_variant

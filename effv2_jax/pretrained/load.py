@@ -9,7 +9,7 @@ from typing import Any
 
 from effv2_jax.convert.weights_file import load_weights, save_weights
 from effv2_jax.data import imagenet
-from effv2_jax.data.preprocess import describe
+from effv2_jax.data.kinds import describe
 from effv2_jax.errors import UserError
 from effv2_jax.models.network import EfficientNet, create_model, init_variables
 from effv2_jax.models.variants import list_models

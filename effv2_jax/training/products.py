@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from effv2_jax.convert.weights_file import save_weights
-from effv2_jax.data.preprocess import describe
+from effv2_jax.data.kinds import describe
 from effv2_jax.training.setup import Setup
 from effv2_jax.training.step import TrainState
 from effv2_jax.training.workdir import Workdir

@@ -6,14 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from effv2_jax.data import decode_fast, preprocess
+from effv2_jax.data import decode_fast
 from effv2_jax.data.decode import EncodedImage, decode
+from effv2_jax.data.kinds import KINDS, get_kind
 from effv2_jax.data.preprocess import (
     Box,
     CropSampling,
     central_crop,
     evaluation_image,
-    get_kind,
     normalization,
     sample_crop,
     training_box,
@@ -123,7 +123,7 @@ def test_normalisation():
         "v1": [[-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225],
                [0.515 / 0.229, 0.544 / 0.224, 0.594 / 0.225]],
     }  # fmt: skip
-    assert set(expected) == set(preprocess.KINDS)
+    assert set(expected) == set(KINDS)
     for kind, values in expected.items():
         mean, std = normalization(kind)
         assert mean.dtype == std.dtype == np.float32
@@ -346,7 +346,7 @@ def test_the_fast_path_shows_the_same_crop_up_to_rounding():
 def test_one_pixel_and_very_thin_pictures_survive_everything():
     for shape in ((1, 1), (1, 300), (3, 2000), (2000, 1)):
         photo = pictures.photograph(shape[1], shape[0])
-        for kind in preprocess.KINDS.values():
+        for kind in KINDS.values():
             assert evaluation_image(photo, size=24, kind=kind).shape == (24, 24, 3)
             for seed in range(3):
                 image = training_image(
