@@ -19,7 +19,7 @@ from effv2_jax.errors import UserError
 
 __all__ = ["base_config", "from_json", "keys", "nearest", "to_json", "validate"]
 
-# Keys that take one of a few words.
+# Keys that take one of a few words; None ("derived") where the schema has it.
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.activation": (
         *("silu", "swish", "silu_native", "relu", "relu6", "hswish", "gelu", "mish"),
@@ -28,6 +28,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("auto", "float32", "bfloat16"),
     "model.initializer": ("official", "fan_in"),
     "model.lowering": ("auto", "plain", "cpu"),
+    "model.padding": ("SAME", "SYMMETRIC"),
     "data.source": ("tfds", "folder", "arrays", "digits", "synthetic"),
     "data.preprocessing": ("v2", "v1", "finetune", "advprop"),
     "data.crop": ("inception", "none"),
@@ -235,7 +236,7 @@ def _single_values(values: dict[str, Any]) -> Iterator[str]:
             f"{nearest(values['model.name'], names)}; known: {', '.join(names)}, testing"
         )
     for key, allowed in CHOICES.items():
-        if values[key] not in allowed:
+        if values[key] is not None and values[key] not in allowed:
             hint = nearest(values[key], allowed)
             yield f"{key} = {values[key]!r}: expected one of {', '.join(allowed)}{hint}"
     for key, (holds, expected) in _RANGES.items():

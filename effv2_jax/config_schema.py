@@ -16,6 +16,10 @@ def _float() -> object:
     return config_dict.placeholder(float)
 
 
+def _text() -> object:
+    return config_dict.placeholder(str)
+
+
 def base_config() -> ConfigDict:
     """Returns the complete config with every default filled in, locked against unknown keys."""
     config = ConfigDict()
@@ -34,7 +38,8 @@ def base_config() -> ConfigDict:
         "dtype": "auto",                 # auto (bfloat16 on GPU and TPU), float32, bfloat16
         "remat": False,                  # recompute each block in the backward pass: less memory
         "bn_momentum": 0.9,
-        "bn_epsilon": 1e-3,
+        "bn_epsilon": _float(),          # added to variances; None: the variant's
+        "padding": _text(),              # SAME (TensorFlow), SYMMETRIC (PyTorch); None: variant's
         "bn_group_size": 0,              # examples per BatchNorm group; 0: the whole global batch
         "head_bias": 0.0,                # initial bias of the classifier
         "initializer": "official",       # official, or fan_in: learns faster from few images

@@ -71,7 +71,11 @@ def test_schema_is_locked():
         ("progressive.dropout_rates", (0.1, 1.0), "every entry from 0 to below 1"),
         ("progressive.batch_sizes", (0,), "every entry at least 1"),
         ("eval.every_epochs", 0.0, "above 0"),
+        ("model.padding", "VALID", "expected one of SAME, SYMMETRIC"),
         ("init.weights", "nowhere.safetensors", "no such file"),
+        ("init.weights", "efficientnetv2-s:imagenet", "were released: imagenet1k, imagenet21k"),
+        ("init.weights", "efficientnetv2-t:imagenet1k", "did you mean 'efficientnetv2-"),
+        ("init.weights", "efficientnetv2-b0:imagenet1k", "set model.name=efficientnetv2-b0"),
         ("init.freeze", "[", "not a regular expression"),
         ("runtime.devices", 3, "not divisible by runtime.devices = 3"),
         ("runtime.keep_last", 0, "at least 1"),
@@ -85,6 +89,12 @@ def test_impossible_value_is_named_with_what_is_allowed(key, value, says):
     assert key in message
     assert says in message
     assert "\n" not in message  # one mistake, one line
+
+
+def test_names_of_released_weights_are_weights():
+    config = _valid()
+    config.init.weights = f"{config.model.name}:imagenet21k-ft1k"
+    validate(config)
 
 
 def test_all_problems_are_reported_at_once():
@@ -160,17 +170,18 @@ def test_wrong_type_is_found(key, value, kind):
 
 
 def test_choices_are_those_the_code_has():
-    from effv2_jax.data import policy, preprocess, sources
+    from effv2_jax.data import kinds, policy, sources
     from effv2_jax.models import layers
     from effv2_jax.training import optimizers, progressive
 
     for key, names in {
         "model.activation": layers.ACTIVATIONS,
+        "model.padding": layers.PADDINGS,
         "train.optimizer": optimizers.NAMES,
         "progressive.preset": progressive.PRESETS,
         "data.augment": policy.POLICIES,
         "data.source": sources.SOURCES,
-        "data.preprocessing": preprocess.KINDS,
+        "data.preprocessing": kinds.KINDS,
     }.items():
         assert set(config_lib.CHOICES[key]) == set(names), key
 

@@ -35,6 +35,7 @@ _MODEL_OVERRIDES = (
     "bn_momentum",
     "bn_epsilon",
     "bn_group_size",
+    "padding",
     "head_bias",
     "initializer",
     "lowering",
@@ -125,7 +126,7 @@ def prepare(config: ConfigDict) -> Setup:
         train_source=train_source,
         eval_source=eval_source,
         model=create_model(
-            config.model.name, num_classes, dtype=_compute_dtype(config.model.dtype), **overrides
+            config.model.name, num_classes, dtype=compute_dtype(config.model.dtype), **overrides
         ),
         recipe=make_recipe(
             config, stages=stages, num_examples=num_examples, num_classes=num_classes
@@ -154,11 +155,16 @@ def initial_state(setup: Setup) -> TrainState:
     """Returns the state before the first step, on the devices of the mesh.
 
     Raises:
-        UserError: init.weights names a file that does not fit the network.
+        UserError: init.weights names weights that fit neither the network nor the data.
     """
     variables = init_variables(setup.model, setup.config.train.seed, setup.stages[0].image_size)
     if setup.config.init.weights:
-        variables, told = transfer(variables, setup.model, path=setup.config.init.weights)
+        variables, told = transfer(
+            variables,
+            setup.model,
+            spec=setup.config.init.weights,
+            preprocessing=setup.config.data.preprocessing,
+        )
         if jax.process_index() == 0:
             print(told, flush=True)
     create = jax.jit(
@@ -236,7 +242,8 @@ def _batch_sizes(config: ConfigDict) -> list[tuple[str, int]]:
     return listed or [("train.batch_size", config.train.batch_size)]
 
 
-def _compute_dtype(name: str) -> Any:
+def compute_dtype(name: str) -> Any:
+    """Returns the type that model.dtype names; "auto" depends on the backend."""
     if name == "auto":
         return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     return jnp.dtype(name).type

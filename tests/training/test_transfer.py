@@ -6,6 +6,7 @@ from flax import traverse_util
 
 from effv2_jax.config import base_config
 from effv2_jax.convert.weights_file import save_weights
+from effv2_jax.data.kinds import describe
 from effv2_jax.errors import UserError
 from effv2_jax.models.network import create_model, init_variables
 from effv2_jax.training import setup
@@ -25,14 +26,14 @@ def trained(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "trained.safetensors"
     model = create_model("testing", 10)
     variables = init_variables(model, 7, 32)
-    save_weights(path, model, variables)
+    save_weights(path, model, variables, {"preprocessing": describe("v2", 32)})
     return path, _flat(variables)
 
 
 def test_same_network_takes_every_tensor(trained):
     path, expected = trained
     model = create_model("testing", 10)
-    found, told = transfer(init_variables(model, 0, 32), model, path=str(path))
+    found, told = transfer(init_variables(model, 0, 32), model, spec=str(path), preprocessing="v2")
     found = _flat(found)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -44,7 +45,7 @@ def test_other_number_of_classes_keeps_a_fresh_classifier(trained):
     path, expected = trained
     model = create_model("testing", 3)
     fresh = init_variables(model, 0, 32)
-    found, told = transfer(fresh, model, path=str(path))
+    found, told = transfer(fresh, model, spec=str(path), preprocessing="v2")
     found, fresh = _flat(found), _flat(fresh)
     for name in found:
         source = fresh if name.startswith("params/classifier/") else expected
@@ -56,7 +57,7 @@ def test_weights_of_another_network_are_refused_by_name(trained):
     path, _ = trained
     model = create_model("testing", 10, width=2.0)
     with pytest.raises(UserError) as error:
-        transfer(init_variables(model, 0, 32), model, path=str(path))
+        transfer(init_variables(model, 0, 32), model, spec=str(path), preprocessing="v2")
     message = str(error.value)
     assert "of another shape" in message
     assert "params/blocks_0/" in message
@@ -64,12 +65,65 @@ def test_weights_of_another_network_are_refused_by_name(trained):
     assert "\n" not in message
 
 
+def test_weights_of_another_activation_padding_and_epsilon_are_refused_with_the_flags(trained):
+    path, _ = trained
+    model = create_model("testing", 10, activation="relu", padding="SYMMETRIC", bn_epsilon=1e-5)
+    with pytest.raises(UserError) as error:
+        transfer(init_variables(model, 0, 32), model, spec=str(path), preprocessing="v2")
+    for text in (
+        "--config.model.activation=silu (the config has relu)",
+        "--config.model.padding=SAME (the config has SYMMETRIC)",
+        "--config.model.bn_epsilon=0.001 (the config has 1e-05)",
+    ):
+        assert text in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_one_activation_under_two_names_is_the_same(trained):
+    path, _ = trained
+    model = create_model("testing", 10, activation="swish")
+    transfer(init_variables(model, 0, 32), model, spec=str(path), preprocessing="v2")
+
+
+@pytest.mark.parametrize(
+    ("made_with", "kind", "flag"),
+    [("v1", "finetune", "v1"), ("v2", "v1", "v2"), ("advprop", "v1", "advprop")],
+)
+def test_images_normalised_otherwise_are_refused_with_the_flag(tmp_path, made_with, kind, flag):
+    path = tmp_path / "x.safetensors"
+    model = create_model("testing", 10)
+    fresh = init_variables(model, 0, 32)
+    save_weights(path, model, fresh, {"preprocessing": describe(made_with, 224)})
+    with pytest.raises(UserError) as error:
+        transfer(fresh, model, spec=str(path), preprocessing=kind)
+    assert f"set --config.data.preprocessing={flag}" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_images_cropped_otherwise_are_told(trained):
+    path, _ = trained  # v2: the official fine-tuning of V2 weights is `finetune`
+    model = create_model("testing", 10)
+    _, told = transfer(
+        init_variables(model, 0, 32), model, spec=str(path), preprocessing="finetune"
+    )
+    assert told.endswith("; their images were made as 'v2', the run's are 'finetune'")
+
+
+def test_weights_that_do_not_know_their_images_say_so(tmp_path):
+    path = tmp_path / "x.safetensors"
+    model = create_model("testing", 10)
+    fresh = init_variables(model, 0, 32)
+    save_weights(path, model, fresh)
+    _, told = transfer(fresh, model, spec=str(path), preprocessing="v1")
+    assert told.endswith("; they do not say how their images were made")
+
+
 def test_a_file_that_is_no_weights_file_is_named(tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_bytes(b"nothing")
     model = create_model("testing", 10)
     with pytest.raises(UserError, match=r"x\.safetensors"):
-        transfer(init_variables(model, 0, 32), model, path=str(path))
+        transfer(init_variables(model, 0, 32), model, spec=str(path), preprocessing="v2")
 
 
 def test_a_run_starts_from_the_file_and_so_does_its_average(trained, capsys):
