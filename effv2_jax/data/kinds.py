@@ -8,16 +8,17 @@ A kind travels with the weights. Five sorts:
 | v1 | the centre, at every size | v1 bicubic | ImageNet mean, deviation |
 | finetune | the whole picture, squeezed to a square | bilinear | (x/255-.5)/.5 |
 | advprop | as v1 | v1 bicubic | x*2/255-1 |
-| pillow-R-S-N | the centre of the picture resized to size / S, or all of it | R | N |
+| pillow-R-S-N | the centre of the picture that was resized to size / S | R | N |
 
 Official: preprocessing.py (v2 and finetune) and preprocess_legacy.py (v1) of google/automl
 efficientnetv2; advprop: eval_ckpt_main.py (`advprop_preprocessing`) of tensorflow/tpu efficientnet.
 
 pillow-R-S-N are those of torchvision (transforms/_presets.py: ImageClassification) and timm
 (data/transforms_factory.py: transforms_imagenet_eval): Pillow's antialiased resizing R, bilinear or
-bicubic, of the shorter side to floor(size / S), then the central square; S is timm's crop_pct, or
-"squash" for the whole picture squeezed to a square. N is imagenet (mean and deviation) or half
-(0.5 both). Example: pillow-bicubic-0.875-imagenet. Imports neither JAX nor NumPy.
+bicubic, of the shorter side to floor(size / S), then the central square; S is timm's crop_pct. With
+"squash" before it (timm's crop_mode) both sides are resized to that. N is imagenet (mean and
+deviation) or half (0.5 both). Examples: pillow-bicubic-0.875-imagenet, pillow-bicubic-squash1-half.
+Imports neither JAX nor NumPy.
 """
 
 import dataclasses
@@ -31,7 +32,7 @@ from effv2_jax.errors import UserError
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)  # shares of 255; preprocess_legacy.py:mean_rgb
 _IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
 
-# What a weights file may say of them; of pillow kinds the crop is S, or "none" for "squash".
+# What a weights file may say of them; of pillow kinds the crop is S.
 _CROPS = ("central", "none")
 _INTERPOLATIONS = ("bilinear", "bicubic")
 
@@ -51,7 +52,8 @@ class Kind:
         v1 code asks for 0.1 of the box that is the whole picture).
       centre_when_whole: a training crop equal to the whole picture is replaced by the central one.
       pillow: Pillow resizes, with antialiasing; in evaluation before the crop.
-      share: pillow: the evaluated share of the shorter side, 0: the whole picture, squeezed.
+      share: pillow: of the resized picture's (shorter) side that evaluation shows.
+      squash: pillow: evaluation resizes to a square instead of keeping the shape.
     """
 
     name: str
@@ -63,7 +65,8 @@ class Kind:
     min_covered: float = 0.0
     centre_when_whole: bool = False
     pillow: bool = False
-    share: float = 0.0
+    share: float = 1.0
+    squash: bool = False
 
 
 _V1 = Kind(
@@ -83,7 +86,7 @@ KINDS: dict[str, Kind] = {
     "advprop": dataclasses.replace(_V1, name="advprop", mean=(127.5,) * 3, std=(127.5,) * 3),
 }
 
-_PILLOW = re.compile(r"pillow-(bilinear|bicubic)-(squash|1|0\.\d*[1-9]\d*)-(imagenet|half)")
+_PILLOW = re.compile(r"pillow-(bilinear|bicubic)-((?:squash)?(?:1|0\.\d*[1-9]\d*))-(imagenet|half)")
 EXPECTED = f"{', '.join(KINDS)}, or like pillow-bicubic-0.875-imagenet"
 
 
@@ -111,7 +114,8 @@ def get_kind(name: str) -> Kind:
         std=like.std,
         bicubic=resize == "bicubic",
         pillow=True,
-        share=0.0 if share == "squash" else float(share),
+        share=float(share.removeprefix("squash")),
+        squash=share.startswith("squash"),
     )
 
 
@@ -154,6 +158,6 @@ def describe(kind: str, image_size: int) -> dict[str, Any]:
         "kind": found.name,
         "mean": list(found.mean),
         "std": list(found.std),
-        "crop": found.share if found.share else crop,
+        "crop": found.name.split("-")[2] if found.pillow else crop,
         "interpolation": "bicubic" if found.bicubic else "bilinear",
     }

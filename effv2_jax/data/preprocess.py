@@ -15,7 +15,7 @@ from effv2_jax.data import decode_fast
 from effv2_jax.data.decode import EncodedImage
 from effv2_jax.data.kinds import Kind, get_kind
 from effv2_jax.data.resize import resize_bicubic_v1, resize_bilinear
-from effv2_jax.data.resize_pillow import evaluation_pillow, resize_pillow, scaled_centre
+from effv2_jax.data.resize_pillow import evaluation_pillow, resize_pillow, scaled_size
 
 
 def normalization(kind: str) -> tuple[np.ndarray, np.ndarray]:
@@ -216,11 +216,11 @@ def evaluation_box(height: int, width: int, *, size: int, kind: Kind) -> Box:
       size: of the example, pixels.
       kind: of preprocessing.
     """
-    if kind.share:
-        # Resizing comes first and rounds the longer side: exact to a pixel.
-        scaled, centre = scaled_centre(height, width, size=size, share=kind.share)
-        pixels = [round(value * min(height, width) / min(scaled)) for value in (*centre, size)]
-        return Box(pixels[0], pixels[1], pixels[2], pixels[2])
+    if kind.pillow:
+        # Resizing comes first: back in the picture's own pixels, exact to one of them.
+        scaled, (top, left) = scaled_size(height, width, size=size, kind=kind)
+        down, right = height / scaled[0], width / scaled[1]
+        return Box(*(round(v) for v in (top * down, left * right, size * down, size * right)))
     if size < kind.crop_below:
         return central_crop(height, width, size=size, round_up=kind.round_up)
     return Box(0, 0, height, width)
@@ -238,7 +238,7 @@ def evaluation_image(pixels: np.ndarray, *, size: int, kind: Kind) -> np.ndarray
       [size, size, 3] float32, pixels 0..255 (bicubic overshoots), unrounded, not normalised.
     """
     if kind.pillow:
-        return evaluation_pillow(pixels, size=size, share=kind.share, bicubic=kind.bicubic)
+        return evaluation_pillow(pixels, size=size, kind=kind)
     box = evaluation_box(*pixels.shape[:2], size=size, kind=kind)
     resize = resize_bicubic_v1 if kind.bicubic else resize_bilinear
     return resize(_cut(pixels, box), (size, size))

@@ -10,6 +10,8 @@ import math
 import numpy as np
 from PIL import Image
 
+from effv2_jax.data.kinds import Kind
+
 
 def resize_pillow(pixels: np.ndarray, size: tuple[int, int], *, bicubic: bool) -> np.ndarray:
     """Resizes [H, W, 3] uint8 to (height, width), uint8."""
@@ -18,22 +20,24 @@ def resize_pillow(pixels: np.ndarray, size: tuple[int, int], *, bicubic: bool) -
     return np.asarray(Image.fromarray(pixels).resize((width, height), filter_))
 
 
-def scaled_centre(
-    height: int, width: int, *, size: int, share: float
+def scaled_size(
+    height: int, width: int, *, size: int, kind: Kind
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """To which size a picture is resized, and where its central crop begins.
+    """To which size a picture is resized for evaluation, and where its central crop begins.
 
     Args:
       height: of the picture, pixels.
       width: of the picture, pixels.
       size: of the crop, pixels per side.
-      share: of the shorter side that the crop shows.
+      kind: says the share that the crop shows.
 
     Returns:
       (height, width) after resizing, and (top, left) of the crop in it.
     """
-    short = math.floor(size / share)
-    if height <= width:
+    short = math.floor(size / kind.share)
+    if kind.squash:
+        scaled = short, short
+    elif height <= width:
         scaled = short, int(short * width / height)
     else:
         scaled = int(short * height / width), short
@@ -41,21 +45,17 @@ def scaled_centre(
     return scaled, (top, left)
 
 
-def evaluation_pillow(pixels: np.ndarray, *, size: int, share: float, bicubic: bool) -> np.ndarray:
+def evaluation_pillow(pixels: np.ndarray, *, size: int, kind: Kind) -> np.ndarray:
     """Resizes, then crops the centre.
 
     Args:
       pixels: [H, W, 3] uint8.
       size: pixels per side.
-      share: of the shorter side; 0: the whole picture is squeezed to a square.
-      bicubic: instead of bilinear.
+      kind: says the share and the filter.
 
     Returns:
       [size, size, 3] float32 of whole numbers 0..255.
     """
-    pixels = np.ascontiguousarray(pixels)
-    if not share:
-        return resize_pillow(pixels, (size, size), bicubic=bicubic).astype(np.float32)
-    scaled, (top, left) = scaled_centre(*pixels.shape[:2], size=size, share=share)
-    resized = resize_pillow(pixels, scaled, bicubic=bicubic)
+    scaled, (top, left) = scaled_size(*pixels.shape[:2], size=size, kind=kind)
+    resized = resize_pillow(np.ascontiguousarray(pixels), scaled, bicubic=kind.bicubic)
     return resized[top : top + size, left : left + size].astype(np.float32)

@@ -19,7 +19,7 @@ from effv2_jax.errors import UserError
 from tests.data import pictures
 
 PILLOW = ("pillow-bicubic-0.875-imagenet", "pillow-bilinear-0.941176-half", "pillow-bicubic-1-half",
-          "pillow-bilinear-squash-imagenet")  # fmt: skip
+          "pillow-bilinear-squash1-imagenet")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [*KINDS, *PILLOW])
@@ -47,8 +47,8 @@ def test_names_that_are_no_kinds_are_refused(name):
 
 def test_a_file_that_contradicts_its_kind_is_refused():
     said = describe(PILLOW[0], 224)
-    with pytest.raises(UserError, match=r"crop is 0.5, expected 0.875"):
-        kind_of({**said, "crop": 0.5}, image_size=224)
+    with pytest.raises(UserError, match=r"crop is '0.5', expected 0.875"):
+        kind_of({**said, "crop": "0.5"}, image_size=224)
     with pytest.raises(UserError, match="interpolation is 'nearest'"):
         kind_of({**said, "interpolation": "nearest"}, image_size=224)
 
@@ -80,7 +80,7 @@ def test_the_shorter_side_is_resized_then_the_centre_is_cut(height, width):
 
 def test_squash_shows_the_whole_picture():
     photo = pictures.photograph(80, 50)
-    shown = evaluation_image(photo, size=32, kind=get_kind("pillow-bilinear-squash-half"))
+    shown = evaluation_image(photo, size=32, kind=get_kind("pillow-bilinear-squash1-half"))
     expected = Image.fromarray(photo).resize((32, 32), Image.Resampling.BILINEAR)
     np.testing.assert_array_equal(shown, np.asarray(expected))
 
@@ -90,7 +90,7 @@ def test_the_window_is_the_part_of_the_picture_that_is_shown():
     box = evaluation_box(100, 200, size=56, kind=get_kind("pillow-bicubic-0.875-imagenet"))
     assert (box.top, box.left) == (6, 56)
     assert (box.height, box.width) == (88, 88)
-    whole = evaluation_box(100, 200, size=56, kind=get_kind("pillow-bicubic-squash-half"))
+    whole = evaluation_box(100, 200, size=56, kind=get_kind("pillow-bicubic-squash1-half"))
     assert (whole.height, whole.width) == (100, 200)
 
 
@@ -156,8 +156,8 @@ def test_evaluation_equals_torchvision(kind, size, resize, height, width):
         ("pillow-bicubic-0.89-imagenet", 260, 0.89, "center"),
         ("pillow-bicubic-0.904-imagenet", 300, 0.904, "center"),
         ("pillow-bicubic-1-half", 384, 1.0, "center"),
-        ("pillow-bicubic-squash-half", 300, 0.9, "squash"),
-        ("pillow-bicubic-squash-half", 480, 1.0, "squash"),
+        ("pillow-bicubic-squash0.9-half", 300, 0.9, "squash"),
+        ("pillow-bicubic-squash1-half", 480, 1.0, "squash"),
     ],
 )
 def test_evaluation_equals_timm(kind, size, crop, mode, height, width):
