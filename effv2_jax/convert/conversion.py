@@ -168,6 +168,7 @@ def command(
     convert: Callable[..., Conversion],
     forward: Callable[[str], Forward] | None = None,
     flags: Mapping[str, Mapping[str, Any]] | None = None,
+    known_model: Callable[[str], Any] = get_variant,
 ) -> int:
     """Runs a converter's command and returns its exit code: 2 where the input is wrong.
 
@@ -178,9 +179,10 @@ def command(
       forward: path -> the source framework's forward pass of that file, for --check-parity; raises
         UserError where the framework is not installed.
       flags: more flags, "--ema" -> arguments of argparse, given to `convert` by their names.
+      known_model: raises UserError for a name of --model that `convert` does not know.
     """
     try:
-        _run(arguments, description, convert, forward, dict(flags or {}))
+        _run(arguments, description, convert, forward, dict(flags or {}), known_model)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -202,6 +204,7 @@ def _run(
     convert: Callable[..., Conversion],
     forward: Callable[[str], Forward] | None,
     flags: dict[str, Mapping[str, Any]],
+    known_model: Callable[[str], Any],
 ) -> None:
     parser = _Parser(
         description=description,
@@ -224,7 +227,7 @@ def _run(
     out = Path(options["out"])
     if out.suffix != ".safetensors" or out.is_dir() or not out.parent.is_dir():
         raise UserError(f"{out}: cannot be written: expected a .safetensors file in a folder")
-    get_variant(options["model"])
+    known_model(options["model"])
     labels = _read_labels(Path(options["labels"])) if options["labels"] else None
     run_theirs = forward(options["source"]) if options.get("check_parity") else None
     if "JAX_PLATFORMS" not in os.environ:
