@@ -3,6 +3,7 @@
     python tools/benchmark.py step --model efficientnetv2-b0 --image-size 192 --batch 8,16
     python tools/benchmark.py step --lowering plain,cpu        # compared in turns: A B A B ...
     python tools/benchmark.py input                            # reading, decoding, resizing
+    python tools/benchmark.py augment                          # every operation on the device
     python tools/benchmark.py COMMAND --help
 
 To measure on one core, bind the process to it: `taskset -c 1 python tools/benchmark.py step`.
@@ -11,6 +12,7 @@ To measure on one core, bind the process to it: `taskset -c 1 python tools/bench
 import sys
 from collections.abc import Callable, Sequence
 
+from effv2_jax import startup
 from effv2_jax.errors import UserError
 
 
@@ -26,7 +28,18 @@ def _input(arguments: Sequence[str]) -> None:
     benchmark_input.main(arguments)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"step": _step, "input": _input}
+def _augment(arguments: Sequence[str]) -> None:
+    print(startup.tune(sys.argv), flush=True)  # before JAX is imported
+    import benchmark_augment
+
+    benchmark_augment.main(arguments)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "step": _step,
+    "input": _input,
+    "augment": _augment,
+}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -36,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     try:
         if arguments[0] not in COMMANDS:
-            raise UserError(f"unknown command {arguments[0]!r}: expected {' or '.join(COMMANDS)}")
+            raise UserError(f"unknown command {arguments[0]!r}: expected {', '.join(COMMANDS)}")
         COMMANDS[arguments[0]](arguments[1:])
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

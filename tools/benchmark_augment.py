@@ -1,6 +1,6 @@
 """Measures what augmentation and mixing cost per image on the present device.
 
-    python tools/benchmark_augment.py [--sizes 128 192] [--batch 32] [--implementation auto]
+    python tools/benchmark.py augment [--sizes 128 192] [--batch 32] [--implementation auto]
 
 Each row is one jitted function; times are medians of several calls, each waited for. Rows of
 single operations apply that operation to every image; policies draw theirs. "processor" is the
@@ -11,7 +11,7 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -105,14 +105,16 @@ def measure(
     return statistics.median(wall), statistics.median(processor)
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="tools/benchmark.py augment", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--sizes", type=int, nargs="+", default=[128, 192], help="pixels")
     parser.add_argument("--batch", type=int, default=32, help="images, an even number")
     parser.add_argument("--rounds", type=int, default=9, help="calls of which to take the median")
     parser.add_argument("--implementation", choices=IMPLEMENTATIONS, default="auto")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
 
     times: dict[str, list[tuple[float, float]]] = {}
     for size in args.sizes:
@@ -135,7 +137,3 @@ def main() -> None:
             cells.append(f"{args.batch / wall:{len(title)},.0f}")
             cells += [f"{1e3 * x / args.batch:{len(title)}.3f}" for x in (wall, processor)]
         print(" | ".join(cells) + " |")
-
-
-if __name__ == "__main__":
-    main()

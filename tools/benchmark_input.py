@@ -214,7 +214,9 @@ def _measure_transfer(sizes: Sequence[int], batch_size: int) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Reads the flags, measures, prints."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="tools/benchmark.py input", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--source", default="folder", help="folder, arrays, tfds, digits, ...")
     parser.add_argument("--dir", default="", help="of the data; empty with folder: made up")
     parser.add_argument("--name", default="", help="data.name, for tfds and synthetic")

@@ -1,4 +1,4 @@
-"""The benchmark of the steps: what it reports, and what it says of wrong arguments."""
+"""The benchmarks: what they report, and what they say of wrong arguments."""
 
 import json
 import os
@@ -68,3 +68,10 @@ def test_wrong_arguments_are_one_line_and_exit_code_2(arguments, message):
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
     assert message in done.stderr
+
+
+def test_augmentation_is_measured_per_operation():
+    done = _benchmark("augment", "--sizes", "16", "--batch", "2", "--rounds", "1")
+    assert done.returncode == 0, done.stderr
+    rows = {line.split("|")[1].strip() for line in done.stdout.splitlines() if line[:1] == "|"}
+    assert {"Rotate", "Equalize", "RandAugment(2)", "AutoAugment", "mixup", "cutmix"} <= rows
