@@ -22,7 +22,7 @@ import numpy as np
 
 from effv2_jax.convert.comparison import flatten
 from effv2_jax.convert.weights_file import save_weights
-from effv2_jax.data.kinds import describe
+from effv2_jax.data.kinds import KINDS, describe
 from effv2_jax.errors import UserError
 from effv2_jax.models.network import EfficientNet, create_model
 from effv2_jax.models.variants import get_variant
@@ -147,7 +147,7 @@ def table(conversion: Conversion) -> str:
     sizes = dict.fromkeys(("params", "batch_stats"), 0)
     for path, leaf in leaves:
         sizes[path.split("/")[0]] += np.size(leaf)
-    left = ", ".join(f"{count} {kind}" for kind, count in conversion.left_out.items() if count)
+    left = ", ".join(f"{kind} {count}" for kind, count in conversion.left_out.items() if count)
     preprocessing = conversion.info["preprocessing"] or {"kind": "unknown"}
     return _rows({
         "source": f"{source['file']} ({source['framework']})",
@@ -155,7 +155,7 @@ def table(conversion: Conversion) -> str:
         "model": f"{model.variant}, {model.num_classes} classes, "
                  f"{conversion.info['image_size']} px, preprocessing {preprocessing['kind']}",
         "read": f"{conversion.num_read} tensors",
-        "mapped": f"{len(leaves)} tensors, {source['weights']} weights",
+        "mapped": f"{len(leaves)} tensors, the {source['weights']} weights",
         "left out": left or "nothing",
         "parameters": f"{sizes['params']:,} and {sizes['batch_stats']:,} moving statistics",
     })  # fmt: skip
@@ -217,6 +217,8 @@ def _run(
     add("--model", required=True, metavar="NAME", help="network, e.g. efficientnetv2-s")
     add("--num-classes", type=int, metavar="N", help="expected classes; default: as in the source")
     add("--labels", metavar="FILE", help="names of the classes: one a line, or a JSON list")
+    add("--preprocessing", choices=sorted(KINDS), help="default: that of the network or source")
+    add("--image-size", type=int, metavar="PX", help="default: that of the network or source")
     if forward is not None:
         told = "compare the logits with those of the source's framework, which must be installed"
         add("--check-parity", action="store_true", help=told)
@@ -245,11 +247,24 @@ def _run(
                 f"{options['labels']}: {len(labels)} labels, the weights have "
                 f"{conversion.model.num_classes} classes: give one line for each"
             )
-        conversion = dataclasses.replace(conversion, info={**conversion.info, "labels": labels})
+    told = _told(conversion.info, labels, options["preprocessing"], options["image_size"])
+    conversion = dataclasses.replace(conversion, info=told)
     deviation = parity(conversion, run_theirs) if run_theirs is not None else None
     write(conversion, out)
     if deviation is not None:
         print(_rows({"parity": f"largest deviation of the logits {deviation:.1e} of their std"}))
+
+
+def _told(
+    info: Mapping[str, Any], labels: list[str] | None, kind: str | None, image_size: int | None
+) -> dict[str, Any]:
+    """The info with what the flags say instead; None says nothing."""
+    size = image_size or info["image_size"]
+    usual = info["preprocessing"]
+    if kind or usual == describe(usual["kind"], info["image_size"]):
+        usual = describe(kind or usual["kind"], size)
+    labels = info["labels"] if labels is None else labels
+    return {**info, "image_size": size, "preprocessing": usual, "labels": labels}
 
 
 def parity(conversion: Conversion, forward: Forward) -> float:

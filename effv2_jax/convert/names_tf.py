@@ -4,52 +4,57 @@ Official names are written without the leading "<model name>/", as the variables
 checkpoint are called below it: "blocks_3/conv2d/kernel". Ours are the paths of the variable tree
 joined with "/": "params/blocks_3/expand_conv/kernel".
 
+Checkpoints of the object-based kind name variables by Python attributes instead (`object_paths`).
+
 Keras numbers the layers of a block in the order in which they are built, so that the same name
 means different things in different kinds of block; `_BLOCK_LAYERS` says which.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from effv2_jax.convert.mapping import TensorName
 from effv2_jax.models.block_spec import BlockSpec
 
-# (fused, expands) -> our layer and its official name, in the order of creation.
+# (fused, expands) -> our layer, its official name, and the attribute of the official object, in the
+# order of creation.
 _BLOCK_LAYERS = {
     (False, True): (
-        ("expand_conv", "conv2d"),
-        ("expand_norm", "tpu_batch_normalization"),
-        ("depthwise_conv", "depthwise_conv2d"),
-        ("depthwise_norm", "tpu_batch_normalization_1"),
-        ("se/reduce", "se/conv2d"),
-        ("se/expand", "se/conv2d_1"),
-        ("project_conv", "conv2d_1"),
-        ("project_norm", "tpu_batch_normalization_2"),
+        ("expand_conv", "conv2d", "_expand_conv"),
+        ("expand_norm", "tpu_batch_normalization", "_norm0"),
+        ("depthwise_conv", "depthwise_conv2d", "_depthwise_conv"),
+        ("depthwise_norm", "tpu_batch_normalization_1", "_norm1"),
+        ("se/reduce", "se/conv2d", "_se/_se_reduce"),
+        ("se/expand", "se/conv2d_1", "_se/_se_expand"),
+        ("project_conv", "conv2d_1", "_project_conv"),
+        ("project_norm", "tpu_batch_normalization_2", "_norm2"),
     ),
     (False, False): (
-        ("depthwise_conv", "depthwise_conv2d"),
-        ("depthwise_norm", "tpu_batch_normalization"),
-        ("se/reduce", "se/conv2d"),
-        ("se/expand", "se/conv2d_1"),
-        ("project_conv", "conv2d"),
-        ("project_norm", "tpu_batch_normalization_1"),
+        ("depthwise_conv", "depthwise_conv2d", "_depthwise_conv"),
+        ("depthwise_norm", "tpu_batch_normalization", "_norm1"),
+        ("se/reduce", "se/conv2d", "_se/_se_reduce"),
+        ("se/expand", "se/conv2d_1", "_se/_se_expand"),
+        ("project_conv", "conv2d", "_project_conv"),
+        ("project_norm", "tpu_batch_normalization_1", "_norm2"),
     ),
     (True, True): (
-        ("expand_conv", "conv2d"),
-        ("expand_norm", "tpu_batch_normalization"),
-        ("se/reduce", "se/conv2d"),
-        ("se/expand", "se/conv2d_1"),
-        ("project_conv", "conv2d_1"),
-        ("project_norm", "tpu_batch_normalization_1"),
+        ("expand_conv", "conv2d", "_expand_conv"),
+        ("expand_norm", "tpu_batch_normalization", "_norm0"),
+        ("se/reduce", "se/conv2d", "_se/_se_reduce"),
+        ("se/expand", "se/conv2d_1", "_se/_se_expand"),
+        ("project_conv", "conv2d_1", "_project_conv"),
+        ("project_norm", "tpu_batch_normalization_1", "_norm1"),
     ),
     (True, False): (
-        ("se/reduce", "se/conv2d"),
-        ("se/expand", "se/conv2d_1"),
-        ("project_conv", "conv2d"),
-        ("project_norm", "tpu_batch_normalization"),
+        ("se/reduce", "se/conv2d", "_se/_se_reduce"),
+        ("se/expand", "se/conv2d_1", "_se/_se_expand"),
+        ("project_conv", "conv2d", "_project_conv"),
+        ("project_norm", "tpu_batch_normalization", "_norm1"),
     ),
 }
 
-_CONV_AND_NORM = (("conv", "conv2d"), ("norm", "tpu_batch_normalization"))  # stem and head
+
+_STEM_LAYERS = (("conv", "conv2d", "_conv_stem"), ("norm", "tpu_batch_normalization", "_norm"))
+_HEAD_LAYERS = (("conv", "conv2d", "_conv_head"), ("norm", "tpu_batch_normalization", "_norm"))
 
 # our leaf -> collection, official leaf
 _NORM_LEAVES = (
@@ -79,24 +84,31 @@ def layer_names(module: str, layer: str, official: str) -> tuple[TensorName, ...
     )
 
 
+def _block_layers(*, fused: bool, expands: bool, se: bool) -> tuple[tuple[str, str, str], ...]:
+    return tuple(
+        layer for layer in _BLOCK_LAYERS[fused, expands] if se or not layer[0].startswith("se/")
+    )
+
+
 def stem_names() -> tuple[TensorName, ...]:
     """Names of the stem's variables."""
-    return tuple(n for ours, tf in _CONV_AND_NORM for n in layer_names("stem", ours, tf))
+    return tuple(n for ours, tf, _ in _STEM_LAYERS for n in layer_names("stem", ours, tf))
 
 
 def block_names(module: str, spec: BlockSpec) -> tuple[TensorName, ...]:
     """Names of one block's variables; `module` is "blocks_<index>"."""
     return tuple(
         name
-        for ours, tf in _BLOCK_LAYERS[spec.fused, spec.expand > 1]
-        if spec.se_channels or not ours.startswith("se/")
+        for ours, tf, _ in _block_layers(
+            fused=spec.fused, expands=spec.expands, se=bool(spec.se_channels)
+        )
         for name in layer_names(module, ours, tf)
     )
 
 
 def head_names() -> tuple[TensorName, ...]:
     """Names of the head's variables, without the classifier."""
-    return tuple(n for ours, tf in _CONV_AND_NORM for n in layer_names("head", ours, tf))
+    return tuple(n for ours, tf, _ in _HEAD_LAYERS for n in layer_names("head", ours, tf))
 
 
 def classifier_names() -> tuple[TensorName, ...]:
@@ -120,3 +132,31 @@ def tensor_names(blocks: Sequence[BlockSpec], *, num_classes: int = 1000) -> tup
         *head_names(),
         *(classifier_names() if num_classes else ()),
     )
+
+
+def object_paths(blocks: Sequence[Collection[str]]) -> dict[str, str]:
+    """Where a Keras object keeps its variables: path of attributes -> official name.
+
+    Checkpoints written by Keras (`save_weights`) name variables by the attributes of the official
+    classes: "_blocks/3/_expand_conv/kernel".
+
+    Args:
+      blocks: the attributes that each block's object has; they tell which kind of block it is.
+    """
+    parts = [("stem", "_stem", _STEM_LAYERS), ("head", "_head", _HEAD_LAYERS)]
+    for i, has in enumerate(blocks):
+        layers = _block_layers(
+            fused="_depthwise_conv" not in has, expands="_expand_conv" in has, se="_se" in has
+        )
+        parts.append((f"blocks_{i}", f"_blocks/{i}", layers))
+    paths = {
+        f"{holder}/{attribute}/{_leaf(name)}": name.theirs
+        for module, holder, layers in parts
+        for ours, official, attribute in layers
+        for name in layer_names(module, ours, official)
+    }
+    return paths | {f"_fc/{_leaf(name)}": name.theirs for name in classifier_names()}
+
+
+def _leaf(name: TensorName) -> str:
+    return name.theirs.rpartition("/")[2]
