@@ -22,7 +22,7 @@ import numpy as np
 
 from effv2_jax.convert.comparison import flatten
 from effv2_jax.convert.weights_file import save_weights
-from effv2_jax.data.kinds import KINDS, describe
+from effv2_jax.data.kinds import EXPECTED, describe, is_kind
 from effv2_jax.errors import UserError
 from effv2_jax.models.network import EfficientNet, create_model
 from effv2_jax.models.variants import get_variant
@@ -217,8 +217,8 @@ def _run(
     add("--model", required=True, metavar="NAME", help="network, e.g. efficientnetv2-s")
     add("--num-classes", type=int, metavar="N", help="expected classes; default: as in the source")
     add("--labels", metavar="FILE", help="names of the classes: one a line, or a JSON list")
-    add("--preprocessing", choices=sorted(KINDS), help="default: that of the network or source")
-    add("--image-size", type=int, metavar="PX", help="default: that of the network or source")
+    add("--preprocessing", metavar="KIND", help=f"{EXPECTED}; default: the network's or source's")
+    add("--image-size", type=int, metavar="PX", help="default: the network's or source's")
     if forward is not None:
         told = "compare the logits with those of the source's framework, which must be installed"
         add("--check-parity", action="store_true", help=told)
@@ -227,8 +227,15 @@ def _run(
 
     # Everything cheap that can be wrong is found before the weights are read.
     out = Path(options["out"])
-    if out.suffix != ".safetensors" or out.is_dir() or not out.parent.is_dir():
-        raise UserError(f"{out}: cannot be written: expected a .safetensors file in a folder")
+    if out.suffix != ".safetensors" or out.is_dir():
+        raise UserError(f"{out}: cannot be written: expected the name of a .safetensors file")
+    if not out.parent.is_dir():
+        raise UserError(f"{out}: cannot be written: there is no folder {out.parent}")
+    kind, size = options["preprocessing"], options["image_size"]
+    if kind is not None and not is_kind(kind):
+        raise UserError(f"--preprocessing: found {kind!r}, expected one of {EXPECTED}")
+    if size is not None and size < 1:
+        raise UserError(f"--image-size: found {size}, expected at least 1")
     known_model(options["model"])
     labels = _read_labels(Path(options["labels"])) if options["labels"] else None
     run_theirs = forward(options["source"]) if options.get("check_parity") else None
@@ -241,13 +248,12 @@ def _run(
         num_classes=options["num_classes"],
         **{key: options[key] for key in extra},
     )
-    if labels is not None:
-        if len(labels) != conversion.model.num_classes:
-            raise UserError(
-                f"{options['labels']}: {len(labels)} labels, the weights have "
-                f"{conversion.model.num_classes} classes: give one line for each"
-            )
-    told = _told(conversion.info, labels, options["preprocessing"], options["image_size"])
+    if labels is not None and len(labels) != conversion.model.num_classes:
+        raise UserError(
+            f"{options['labels']}: {len(labels)} labels, the weights have "
+            f"{conversion.model.num_classes} classes: give one line for each"
+        )
+    told = _told(conversion.info, labels, kind, size)
     conversion = dataclasses.replace(conversion, info=told)
     deviation = parity(conversion, run_theirs) if run_theirs is not None else None
     write(conversion, out)

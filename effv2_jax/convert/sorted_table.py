@@ -11,7 +11,7 @@ from effv2_jax.convert.crc32c import crc32c, masked
 from effv2_jax.convert.wire import varint
 
 _FOOTER = 48
-_MAGIC = bytes.fromhex("57fb808b247547db")
+MAGIC = bytes.fromhex("57fb808b247547db")
 _TRAILER = 5  # one byte: how the block is compressed; four: its checksum
 _UNCOMPRESSED, _SNAPPY = 0, 1
 
@@ -25,9 +25,9 @@ def read_table(data: bytes) -> dict[bytes, bytes]:
     Raises:
         ValueError: not a table, damaged or cut off; or compressed, which TensorFlow never does.
     """
-    if len(data) < _FOOTER or not data.endswith(_MAGIC):
+    if len(data) < _FOOTER or not data.endswith(MAGIC):
         raise ValueError(f"the end of an index is missing ({len(data)} bytes)")
-    footer = data[-_FOOTER : -len(_MAGIC)]
+    footer = data[-_FOOTER : -len(MAGIC)]
     at = 0
     handles = []
     for _ in range(2):

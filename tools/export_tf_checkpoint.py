@@ -1,0 +1,62 @@
+"""Writes weights under the official TensorFlow names; TensorFlow need not be installed.
+
+    python tools/export_tf_checkpoint.py s.safetensors s.npz
+    python tools/export_tf_checkpoint.py s.safetensors out/model --format checkpoint --averages
+
+A checkpoint is the files OUT.index and OUT.data-00000-of-00001.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from effv2_jax.convert import tf_export
+from effv2_jax.convert.weights_file import load_weights
+from effv2_jax.errors import UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises UserError where argparse would print its usage."""
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{message}; --help shows the flags")
+
+
+def _run(arguments: Sequence[str]) -> None:
+    parser = _Parser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("weights", metavar="WEIGHTS", help="a .safetensors file")
+    add("out", metavar="OUT", help="the .npz file, or a checkpoint's prefix")
+    add("--format", choices=tf_export.FORMATS, default="npz", help="default: npz")
+    add("--prefix", metavar="NAME", help='name in front of all names ("": none); default: model')
+    add("--averages", action="store_true", help="also as ExponentialMovingAverage")
+    options = parser.parse_args(arguments)
+    if not Path(options.out).parent.is_dir():
+        raise UserError(f"{options.out}: its folder does not exist")
+    model, variables, _ = load_weights(options.weights)
+    tensors = tf_export.official_tensors(
+        model, variables, prefix=options.prefix, averages=options.averages
+    )
+    files = tf_export.export(tensors, options.out, format=options.format)
+    print(f"{len(tensors)} tensors, e.g. {next(iter(tensors))}")
+    for path in files:
+        print(f"written     {path}, {path.stat().st_size / 1e6:.1f} MB")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command and returns its exit code: 2 where the input is wrong."""
+    try:
+        _run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
