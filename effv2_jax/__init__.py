@@ -11,6 +11,8 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "create_model": "effv2_jax.models.network",
     "list_models": "effv2_jax.models.variants",
+    "list_pretrained": "effv2_jax.pretrained.load",
+    "load_pretrained": "effv2_jax.pretrained.load",
     "load_weights": "effv2_jax.convert.weights_file",
     "save_weights": "effv2_jax.convert.weights_file",
 }

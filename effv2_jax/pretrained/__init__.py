@@ -1,4 +1,4 @@
-"""Released weights by name: the table, the download, the cache.
+"""Released weights by name: the table, the download, the cache, the command.
 
 The names below are imported on first use: the table alone (`released`) costs nothing and loads no
 JAX.
@@ -6,14 +6,10 @@ JAX.
 
 import importlib
 
-_PUBLIC = {
-    "open_weights": "effv2_jax.pretrained.load",
-}
-
-__all__ = ["open_weights"]
+__all__ = ["list_pretrained", "load_pretrained", "open_weights"]
 
 
 def __getattr__(name: str) -> object:
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    if name in __all__:
+        return getattr(importlib.import_module("effv2_jax.pretrained.load"), name)
     raise AttributeError(f"module 'effv2_jax.pretrained' has no attribute {name!r}")

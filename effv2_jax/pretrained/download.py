@@ -37,6 +37,10 @@ _TRY_AGAIN = (408, 429, 500, 502, 503, 504)
 _UNREACHABLE = (socket.gaierror, ConnectionRefusedError, ssl.SSLCertVerificationError)
 
 
+MIRROR = "EFFV2_MIRROR"
+ELSEWHERE = f"set {MIRROR} to an address or a folder that has a copy"
+
+
 class _Broken(Exception):
     """The connection ended before the file did; asking again may help."""
 
@@ -67,7 +71,7 @@ def download(url: str, path: Path, *, size: int | None = None) -> None:
             if failures > len(_PAUSES):
                 raise UserError(
                     f"{url}: broken off after {_mb(part.size)} ({error}); start again to continue "
-                    "there, or name a copy with --mirror or EFFV2_MIRROR"
+                    f"there, or {ELSEWHERE}"
                 ) from None
             progress.say(f"broken off after {_mb(part.size)} ({error}); trying again")
             time.sleep(_PAUSES[failures - 1])
@@ -166,15 +170,13 @@ def _attempt(part: _Part, size: int | None, progress: "Progress") -> str | None:
         if error.code in _TRY_AGAIN:
             raise _Broken(f"HTTP {error.code} {error.reason}") from None
         raise UserError(
-            f"{part.url}: HTTP {error.code} {error.reason}; check the address, or name a copy with "
-            "--mirror or EFFV2_MIRROR"
+            f"{part.url}: HTTP {error.code} {error.reason}; check the address, or {ELSEWHERE}"
         ) from None
     except (http.client.HTTPException, OSError) as error:
         reason = getattr(error, "reason", None) or error
         if isinstance(reason, _UNREACHABLE):
             raise UserError(
-                f"{part.url}: cannot be reached ({reason}); without access to the net, name a copy "
-                "with --mirror or EFFV2_MIRROR"
+                f"{part.url}: cannot be reached ({reason}); without access to the net {ELSEWHERE}"
             ) from None
         raise _Broken(reason) from None
     with response:
@@ -185,7 +187,7 @@ def _attempt(part: _Part, size: int | None, progress: "Progress") -> str | None:
         if size is not None and total is not None and total != size:
             raise UserError(
                 f"{part.url}: has {total:,} bytes, expected {size:,}: not the released file; "
-                "name another copy with --mirror or EFFV2_MIRROR"
+                f"{ELSEWHERE}"
             )
         if not offset:
             part.begin(response.headers, total)

@@ -7,6 +7,8 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from effv2_jax.convert import tf_checkpoint
+from effv2_jax.convert.conversion import Conversion
 from effv2_jax.convert.weights_file import load_weights, save_weights
 from effv2_jax.data import imagenet
 from effv2_jax.data.kinds import describe
@@ -15,12 +17,10 @@ from effv2_jax.models.network import EfficientNet, create_model, init_variables
 from effv2_jax.models.variants import list_models
 from effv2_jax.pretrained import cache as caches
 from effv2_jax.pretrained import released
-from effv2_jax.pretrained.download import download
-from effv2_jax.pretrained.released import RELEASED, Released
+from effv2_jax.pretrained.download import MIRROR, download
+from effv2_jax.pretrained.released import Released
 
 Loaded = tuple[EfficientNet, dict[str, Any], dict[str, Any]]
-
-_MIRROR = "EFFV2_MIRROR"
 
 # What people hold in their hands instead of a weights file of ours -> the tool that converts it.
 _CONVERTERS = {
@@ -36,7 +36,7 @@ def list_pretrained(model: str | None = None) -> tuple[Released, ...]:
     Args:
         model: only those of this network.
     """
-    return tuple(row for row in RELEASED if model in (None, row.model))
+    return tuple(row for row in released.RELEASED if model in (None, row.model))
 
 
 def load_pretrained(
@@ -131,12 +131,15 @@ def fetch(
         archive, is_copy = _archive(row, path, mirror)
         try:
             _check_gzip(archive)
-            _convert(archive, row, path)
+            conversion = tf_checkpoint.convert(
+                archive, model=row.model, num_classes=row.num_classes
+            )
         except UserError as error:
             if not is_copy:
                 raise
             archive.unlink(missing_ok=True)
             raise UserError(f"{error}; the download is removed, start again") from None
+        _write(conversion, row, path)
         if is_copy:
             archive.unlink(missing_ok=True)
     return path
@@ -165,7 +168,7 @@ def with_new_classifier(loaded: Loaded, num_classes: int, *, seed: int, where: s
 
 def _archive(row: Released, path: Path, mirror: str | Path | None) -> tuple[Path, bool]:
     """The checkpoint's archive, and whether it is a copy that nobody else needs."""
-    place = str(mirror or os.environ.get(_MIRROR) or released.BASE_URL)
+    place = str(mirror or os.environ.get(MIRROR) or released.BASE_URL)
     if "://" not in place:
         return _in_folder(Path(place).expanduser(), row), False
     if not place.startswith(("http://", "https://")):
@@ -183,7 +186,7 @@ def _in_folder(folder: Path, row: Released) -> Path:
     """The archive in a local folder: at its own path, or by its name where that is unmistakable."""
     name = Path(row.path).name
     candidates = [folder / row.path]
-    if sum(Path(other.path).name == name for other in RELEASED) == 1:
+    if sum(Path(other.path).name == name for other in released.RELEASED) == 1:
         candidates.append(folder / name)
     for candidate in candidates:
         if candidate.is_file():
@@ -202,11 +205,8 @@ def _check_gzip(archive: Path) -> None:
         raise UserError(f"{archive}: not a whole gzip archive ({error})") from None
 
 
-def _convert(archive: Path, row: Released, path: Path) -> None:
-    """Writes the weights file of an archive, and the record of its bytes."""
-    from effv2_jax.convert import tf_checkpoint
-
-    conversion = tf_checkpoint.convert(archive, model=row.model, num_classes=row.num_classes)
+def _write(conversion: Conversion, row: Released, path: Path) -> None:
+    """Writes the weights file of a checkpoint, and the record of its bytes."""
     source = {**conversion.info["source"], "file": row.url, "loss": row.loss}
     info = {
         **conversion.info,
@@ -218,7 +218,10 @@ def _convert(archive: Path, row: Released, path: Path) -> None:
     }
     save_weights(path, conversion.model, conversion.variables, info, verify=True)
     caches.write_record(path)
-    _say(f"{row.name}: {conversion.num_read} tensors verified, {source['weights']} weights: {path}")
+    _say(
+        f"{row.name}: {conversion.num_read} tensors read and checked, {source['weights']} weights "
+        f"kept in {path}"
+    )
 
 
 def _say(text: str) -> None:

@@ -141,8 +141,6 @@ RELEASED: tuple[Released, ...] = (
     _l2("noisystudent", "noisy_student_efficientnet-l2", 800, 88.4),
 )  # fmt: skip
 
-_BY_NAME = {row.name: row for row in RELEASED}
-
 
 def find(model: str, weights: str) -> Released:
     """Returns the row of a released checkpoint.
@@ -150,9 +148,9 @@ def find(model: str, weights: str) -> Released:
     Raises:
         UserError: no such network, or no such weights of it; names those that there are.
     """
-    if f"{model}:{weights}" in _BY_NAME:
-        return _BY_NAME[f"{model}:{weights}"]
-    known = [row.weights for row in RELEASED if row.model == model]
+    known = {row.weights: row for row in RELEASED if row.model == model}
+    if weights in known:
+        return known[weights]
     if not known:
         near = difflib.get_close_matches(model, list_models(), n=1, cutoff=0.0)[0]
         raise UserError(

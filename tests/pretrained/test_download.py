@@ -135,7 +135,7 @@ def test_missing_file_is_one_line(site, tmp_path):
     site.files = {}
     message = _refused(site, tmp_path)
     assert "file.tgz: HTTP 404 Not Found" in message
-    assert "--mirror" in message
+    assert "EFFV2_MIRROR" in message
     assert len(site.asked) == 1
 
 
