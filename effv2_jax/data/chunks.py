@@ -16,8 +16,9 @@ import numpy as np
 
 from effv2_jax.data import decode_fast
 from effv2_jax.data.decode import CorruptImageError, EncodedImage, as_rgb
+from effv2_jax.data.kinds import Kind, get_kind
 from effv2_jax.data.order import example_indices, position_generator
-from effv2_jax.data.preprocess import CropSampling, evaluation_image, get_kind, training_image
+from effv2_jax.data.preprocess import CropSampling, evaluation_image, training_image
 from effv2_jax.data.sources import Example, Source
 from effv2_jax.errors import UserError
 
@@ -37,15 +38,19 @@ class Options:
       multilabel: labels are multi-hot vectors.
     """
 
-    kind: str
+    kind: Kind
     sampling: CropSampling | None
     decoder: str
     skip_corrupt: bool
     multilabel: bool
 
     @classmethod
-    def from_config(cls, data_config: Any) -> "Options":
+    def from_config(cls, data_config: Any, *, kind: Kind | None = None) -> "Options":
         """Reads them from the section `data` of a config.
+
+        Args:
+          data_config: the section.
+          kind: of preprocessing; None: the config's.
 
         Raises:
           UserError: the decoder's packages are not installed.
@@ -58,7 +63,7 @@ class Options:
             attempts=data_config.crop_attempts,
         )
         return cls(
-            kind=get_kind(data_config.preprocessing).name,
+            kind=kind or get_kind(data_config.preprocessing),
             sampling=None if data_config.crop == "none" else sampling,
             decoder=data_config.decoder,
             skip_corrupt=data_config.on_corrupt == "skip",
@@ -203,7 +208,7 @@ class TrainChunks:
                     _open_image(example, options.decoder),
                     size=size,
                     rng=rng,
-                    kind=get_kind(options.kind),
+                    kind=options.kind,
                     sampling=options.sampling,
                     fast_resize=options.decoder == "simplejpeg",
                 )
@@ -266,7 +271,6 @@ class EvalChunks:
             return {"error": str(error)}
 
     def _make(self, first: int, count: int) -> dict[str, Any]:
-        kind = get_kind(self._options.kind)
         images = np.zeros((count, self._size, self._size, 3), np.float32)
         labels = _empty_labels(count, self._source, self._options.multilabel)
         mask = np.zeros((count,), np.float32)
@@ -276,7 +280,7 @@ class EvalChunks:
                 example = self._source[first + row]
                 image = _open_image(example, self._options.decoder)
                 pixels = image if isinstance(image, np.ndarray) else image.pixels()
-                images[row] = evaluation_image(pixels, size=self._size, kind=kind)
+                images[row] = evaluation_image(pixels, size=self._size, kind=self._options.kind)
             except CorruptImageError as error:
                 if not self._options.skip_corrupt:
                     raise

@@ -17,6 +17,7 @@ import numpy as np
 
 from effv2_jax.data.chunks import CHUNK, EvalChunks, Options, TrainChunks
 from effv2_jax.data.device import to_device
+from effv2_jax.data.kinds import Kind
 from effv2_jax.data.sources import Source
 from effv2_jax.errors import UserError
 
@@ -229,6 +230,7 @@ def eval_batches(
     *,
     image_size: int,
     batch_size: int,
+    kind: Kind | None = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Batches:
@@ -239,6 +241,7 @@ def eval_batches(
       data_config: the section `data` of a config.
       image_size: pixels per side.
       batch_size: of all hosts together.
+      kind: of preprocessing; None: the config's.
       process_index: this host.
       process_count: hosts; all run the same number of batches.
 
@@ -252,7 +255,7 @@ def eval_batches(
     """
     work = EvalChunks(
         source,
-        Options.from_config(data_config),
+        Options.from_config(data_config, kind=kind),
         image_size=image_size,
         batch_size=batch_size,
         process_index=process_index,

@@ -1,9 +1,11 @@
 """A folder of photographs: one sub-folder per class, or official lists of files.
 
-Three layouts:
+Four layouts:
 
     DIR/train/<class>/...  DIR/val/<class>/...     data.train_split, data.eval_split
     DIR/<class>/...                                data.eval_fraction > 0: that share held out
+    DIR/val/<class>/...                            evaluation only (--mode eval); with
+                                                   data.eval_split="." DIR/<class>/...
     DIR/...  with lists                            data.train_list, data.eval_list
 
 The class index is the position of the class in sorted order of the training classes.
@@ -148,12 +150,14 @@ def open_folder(data_config: Any, split: str) -> FolderSource:
     if data_config.train_list or data_config.eval_list:
         return _open_lists(data_config, root, split)
     train = _find_split(root, data_config.train_split)
+    evaluation = _find_split(root, data_config.eval_split)
     if train is None:
-        return _open_single(data_config, root, split)
+        if split == "train" or evaluation is None or data_config.eval_fraction > 0:
+            return _open_single(data_config, root, split)
+        train = evaluation  # nothing to train on: the classes are those of the evaluation
     classes = _subfolders(train)
     if not classes:
         raise UserError(f"{train}: found no sub-folder, expected one per class")
-    evaluation = _find_split(root, data_config.eval_split)
     if split == "train":
         if evaluation is None and data_config.eval_fraction > 0:
             return _part(train, classes, split, data_config.eval_fraction)

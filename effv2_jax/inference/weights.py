@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from effv2_jax.data import imagenet
-from effv2_jax.data.kinds import KINDS, Kind, kind_of
+from effv2_jax.data.kinds import Kind, get_kind, kind_of
 from effv2_jax.errors import UserError
 from effv2_jax.models.network import EfficientNet
 from effv2_jax.models.variants import get_variant
@@ -124,7 +124,7 @@ def _kind(spec: str, info: Mapping[str, Any]) -> Kind:
             return kind_of(info["preprocessing"], image_size=info["image_size"])
         except UserError as error:
             raise UserError(f"{spec}: {error}") from None
-    kind = KINDS["v1" if get_variant(info["model"]).family == "v1" else "v2"]
+    kind = get_kind(get_variant(info["model"]).preprocessing)
     print(
         f"{spec}: does not say how its images are made: {kind.name}, as {info['model']} was "
         "released with, is assumed",

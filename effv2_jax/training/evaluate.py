@@ -2,20 +2,25 @@
 
 The last batch is padded and the padding masked; sums over examples are added in float64 and
 divided once, at the end. Raw weights and their moving average are measured on the same decoded
-images in one pass.
+images in one pass. A step may return sums over a batch (training: `Evaluator.__call__`) or an
+answer for every example (--mode eval: `Evaluator.answers`).
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from effv2_jax.data import loader
 from effv2_jax.data.device import DevicePrefetch, to_device
+from effv2_jax.data.kinds import Kind
 from effv2_jax.training import mesh as meshes
+from effv2_jax.training.answers import join_answers
 from effv2_jax.training.compile import Program, Programs
+from effv2_jax.training.metrics import Answers
 
 SUMS = ("loss", "top1", "top5")
 
@@ -28,13 +33,14 @@ class Evaluator:
 
     Args:
         eval_step: (variables, batch) -> sums over the batch's unmasked examples: "loss", "top1",
-            "top5", "count".
+            "top5", "count" (`step.make_eval_step`); or answers (`answers.make_answer_step`).
         source: the evaluation examples.
         data_config: the config's `data` section.
         image_size: px.
         batch_size: global; raised to a multiple of the devices, lowered to the data set's size.
         mesh: the devices.
         programs: where the program is compiled and kept.
+        kind: of preprocessing; None: the config's.
     """
 
     def __init__(
@@ -47,8 +53,9 @@ class Evaluator:
         batch_size: int,
         mesh: Mesh,
         programs: Programs,
+        kind: Kind | None = None,
     ) -> None:
-        self._source, self._data_config = source, data_config
+        self._source, self._data_config, self._kind = source, data_config, kind
         self._mesh, self._programs = mesh, programs
         self.image_size = image_size
         self.left_out = 0  # broken pictures in the last evaluation, with data.on_corrupt='skip'
@@ -85,24 +92,45 @@ class Evaluator:
             RuntimeError: the loader did not serve every example exactly once.
         """
         totals = {prefix: dict.fromkeys((*SUMS, "count"), 0.0) for prefix in weights}
+        try:
+            for sums in self._results(weights, stop):
+                for prefix, values in sums.items():
+                    for name in totals[prefix]:
+                        totals[prefix][name] += float(values[name])
+        except _Stopped:
+            return None
+        return self._means(totals)
+
+    def answers(self, weights: Mapping[str, Any]) -> dict[str, Answers]:
+        """Returns the answer of each set of variables to every example.
+
+        Args:
+            weights: prefix ("" or "ema_") -> variables.
+
+        Raises:
+            RuntimeError: as of a call.
+        """
+        found = list(self._results(weights, lambda: False))
+        joined = {prefix: join_answers([each[prefix] for each in found]) for prefix in weights}
+        for answers in joined.values():
+            self._check_count(len(answers))
+        return joined
+
+    def _results(
+        self, weights: Mapping[str, Any], stop: Callable[[], bool]
+    ) -> Iterator[dict[str, Mapping[str, np.ndarray]]]:
+        """Yields what the step returns for each batch, fetched some batches later."""
         waiting: list[dict[str, Mapping[str, jax.Array]]] = []
-
-        def fetch(sums: dict[str, Mapping[str, jax.Array]]) -> None:
-            for prefix, values in jax.device_get(sums).items():
-                for name in totals[prefix]:
-                    totals[prefix][name] += float(values[name])
-
         with self._batches() as batches:
             for batch in batches:
                 if stop():
-                    return None
+                    raise _Stopped
                 program = self._program(weights, batch)
                 waiting.append({prefix: program.run(v, batch) for prefix, v in weights.items()})
                 if len(waiting) > _IN_FLIGHT:
-                    fetch(waiting.pop(0))
-        for sums in waiting:
-            fetch(sums)
-        return self._means(totals)
+                    yield jax.device_get(waiting.pop(0))
+        for results in waiting:
+            yield jax.device_get(results)
 
     def _batches(self) -> DevicePrefetch:
         batches = loader.eval_batches(
@@ -110,6 +138,7 @@ class Evaluator:
             self._data_config,
             image_size=self.image_size,
             batch_size=self.batch_size,
+            kind=self._kind,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
@@ -120,19 +149,26 @@ class Evaluator:
         return self._programs.get(self._name, lambda: self._jitted.lower(variables, batch))
 
     def _means(self, totals: dict[str, dict[str, float]]) -> dict[str, float]:
-        skips = self._data_config.on_corrupt == "skip"
         means = {}
         for prefix, sums in totals.items():
             count = round(sums["count"])
-            if count > len(self._source) or (count < len(self._source) and not skips):
-                raise RuntimeError(
-                    f"evaluation counted {count} examples of {len(self._source)}: each must count "
-                    "exactly once"
-                )
-            self.left_out = len(self._source) - count
+            self._check_count(count)
             for name in SUMS:
                 means[prefix + name] = sums[name] / count if count else math.nan
         return means
+
+    def _check_count(self, count: int) -> None:
+        skips = self._data_config.on_corrupt == "skip"
+        if count > len(self._source) or (count < len(self._source) and not skips):
+            raise RuntimeError(
+                f"evaluation counted {count} examples of {len(self._source)}: each must count "
+                "exactly once"
+            )
+        self.left_out = len(self._source) - count
+
+
+class _Stopped(Exception):
+    """The evaluation was given up."""
 
 
 def _padded(batch_size: int, devices: int) -> int:

@@ -24,14 +24,13 @@ from effv2_jax.training import optimizers
 from effv2_jax.training.ema import ema_decay, update_ema
 from effv2_jax.training.losses import example_losses
 from effv2_jax.training.mesh import AXIS
+from effv2_jax.training.metrics import TOP_K
 from effv2_jax.training.progressive import Stage
 from effv2_jax.training.recipe import Recipe, decay_mask, make_optimizer, trainable_mask
 
 Batch = Mapping[str, jax.Array]
 Knobs = Mapping[str, jax.typing.ArrayLike]
 Metrics = dict[str, jax.Array]
-
-TOP_K = 5
 
 
 class TrainState(flax.struct.PyTreeNode):

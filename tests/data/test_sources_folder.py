@@ -200,3 +200,14 @@ def test_a_file_that_vanishes_is_named(photos):
     (photos / "train/bird/001.png").unlink()
     with pytest.raises(UserError, match=r"bird/001.png: cannot be read \(No such file"):
         source[1]
+
+
+@pytest.mark.parametrize(("split", "directory"), [("validation", "."), (".", "val")])
+def test_a_folder_to_evaluate_needs_no_training_images(tmp_path, split, directory):
+    pictures.class_folders(tmp_path / "val", {"bee": 2, "ant": 1})
+    data = pictures.data_config("folder", tmp_path / directory, eval_split=split)
+    source = open_source(data, "eval")
+    assert source.label_names == ("ant", "bee")
+    assert pictures.labels_of(source) == [0, 1, 1]
+    with pytest.raises(UserError, match=r"data\.train_split: found no folder 'train'"):
+        open_source(data, "train")

@@ -244,29 +244,3 @@ def test_profile_traces_steps_of_a_stage(tmp_path, monkeypatch):
     with pytest.raises(Ended):
         loop.train(config, tmp_path / "run")
     assert list((tmp_path / "profile" / "stage_1").rglob("*.xplane.pb"))
-
-
-def test_evaluation_mode_repeats_the_last_evaluation(finished_run, capsys):
-    results = loop.evaluate(tiny.tiny_config(), finished_run.workdir)
-    assert results == pytest.approx(finished_run.results)
-    printed = capsys.readouterr().out
-    assert "checkpoint of step 24: 359 examples at 24 px" in printed
-    assert f"top1       {results['top1']:.4%}" in printed
-
-
-def test_evaluation_mode_takes_a_weights_file(finished_run, tmp_path):
-    file = str(finished_run.workdir / "final.safetensors")
-    results = loop.evaluate(tiny.tiny_config(**{"init.weights": file}), tmp_path / "unused")
-    assert results == pytest.approx(
-        {name: finished_run.results[f"ema_{name}"] for name in ("loss", "top1", "top5")}
-    )
-    assert not (tmp_path / "unused").exists()
-    with pytest.raises(UserError, match=r"made for data\.preprocessing = 'v2'"):
-        loop.evaluate(
-            tiny.tiny_config(**{"init.weights": file, "data.preprocessing": "v1"}), tmp_path
-        )
-
-
-def test_evaluation_mode_without_weights_says_so(tmp_path):
-    with pytest.raises(UserError, match="no checkpoint to evaluate"):
-        loop.evaluate(tiny.tiny_config(), tmp_path)
