@@ -36,6 +36,8 @@ def get_config(argument: str = "scratch") -> ConfigDict:
 
 def _scratch(config: ConfigDict) -> None:
     """Long, with magnitudes that grow with the pictures."""
+    config.model.initializer = "fan_in"  # few classes, few photos (docs/design.md)
+
     config.data.augment = "randaugment"
 
     config.train.batch_size = 64
