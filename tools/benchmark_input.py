@@ -27,10 +27,11 @@ import numpy as np
 from effv2_jax.config import base_config
 from effv2_jax.data.chunks import Options
 from effv2_jax.data.decode import EncodedImage, as_rgb
+from effv2_jax.data.examples import Example, Source
 from effv2_jax.data.loader import eval_batches, to_device, train_batches
 from effv2_jax.data.order import position_generator
 from effv2_jax.data.preprocess import evaluation_image, get_kind, training_image
-from effv2_jax.data.sources import Example, Source, open_source
+from effv2_jax.data.sources import open_source
 from effv2_jax.errors import UserError
 
 _PICTURES = 64  # of the source that are used

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from effv2_jax.data.decode import decode
-from effv2_jax.data.sources import Example, Source
+from effv2_jax.data.examples import Example, Source
 
 _MEMORY_SHARE = 0.6  # of the machine's memory that the cache may fill
 

@@ -16,10 +16,10 @@ import numpy as np
 
 from effv2_jax.data import decode_fast
 from effv2_jax.data.decode import CorruptImageError, EncodedImage, as_rgb
+from effv2_jax.data.examples import Example, Source
 from effv2_jax.data.kinds import Kind, get_kind
 from effv2_jax.data.order import example_indices, position_generator
 from effv2_jax.data.preprocess import CropSampling, evaluation_image, training_image
-from effv2_jax.data.sources import Example, Source
 from effv2_jax.errors import UserError
 
 CHUNK = 32  # examples made at a time

@@ -17,8 +17,8 @@ import numpy as np
 
 from effv2_jax.data.chunks import CHUNK, EvalChunks, Options, TrainChunks
 from effv2_jax.data.device import to_device
+from effv2_jax.data.examples import Source
 from effv2_jax.data.kinds import Kind
-from effv2_jax.data.sources import Source
 from effv2_jax.errors import UserError
 
 __all__ = ["Batches", "default_workers", "eval_batches", "to_device", "train_batches"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from effv2_jax.data.sources import Example, held_out
+from effv2_jax.data.examples import Example, held_out
 from effv2_jax.errors import UserError
 
 # The same split under the names that published files use.

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from effv2_jax.data.sources import Example, held_out
+from effv2_jax.data.examples import Example, held_out
 from effv2_jax.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")

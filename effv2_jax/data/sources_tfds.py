@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from effv2_jax.data.sources import Example
+from effv2_jax.data.examples import Example
 from effv2_jax.errors import UserError
 
 _LABEL_KEYS = ("label", "labels")

@@ -20,8 +20,9 @@ from ml_collections import ConfigDict
 
 from effv2_jax.config import validate
 from effv2_jax.data import imagenet
+from effv2_jax.data.examples import Source
 from effv2_jax.data.kinds import Kind, get_kind, kind_of
-from effv2_jax.data.sources import Source, open_source
+from effv2_jax.data.sources import open_source
 from effv2_jax.errors import UserError
 from effv2_jax.pretrained import open_weights
 from effv2_jax.startup import enable_compilation_cache

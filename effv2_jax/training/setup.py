@@ -15,7 +15,8 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from effv2_jax.data.sources import Source, open_source
+from effv2_jax.data.examples import Source
+from effv2_jax.data.sources import open_source
 from effv2_jax.errors import UserError
 from effv2_jax.models.network import create_model, init_variables
 from effv2_jax.models.variants import get_variant

@@ -3,7 +3,8 @@ import pickle
 import numpy as np
 import pytest
 
-from effv2_jax.data.sources import Source, held_out, open_source
+from effv2_jax.data.examples import Source, held_out
+from effv2_jax.data.sources import open_source
 from effv2_jax.errors import UserError
 from tests.data import pictures
 from tests.data.pictures import data_config as _config

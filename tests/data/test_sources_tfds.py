@@ -12,7 +12,8 @@ import pytest
 from effv2_jax.config import base_config
 from effv2_jax.data import sources_tfds
 from effv2_jax.data.decode import decode
-from effv2_jax.data.sources import Source, open_source
+from effv2_jax.data.examples import Source
+from effv2_jax.data.sources import open_source
 from effv2_jax.errors import UserError
 from tests.data import pictures
 
