@@ -31,6 +31,7 @@ def write_final_weights(
             "file": str(folder.path.name),
             "sha256": None,
             "weights": "ema" if average else "raw",
+            "loss": setup.config.train.loss,  # what its logits mean: inference/weights.py
         },
         "metrics": dict(results),
     }

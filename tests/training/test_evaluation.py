@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from effv2_jax.convert.weights_file import save_weights
+from effv2_jax.convert.weights_file import read_info, save_weights
 from effv2_jax.data.kinds import describe
 from effv2_jax.errors import UserError
 from effv2_jax.models.network import create_model, init_variables
@@ -61,6 +61,10 @@ def test_evaluation_repeats_the_last_one_of_the_run(finished_run, capsys):
     assert set(report["results"]) == {"raw weights", "moving average"}
     for name, key in (("raw weights", "top1"), ("moving average", "ema_top1")):
         assert report["results"][name]["top1"] == results[key]
+
+
+def test_weights_of_a_run_say_what_their_logits_mean(finished_run):
+    assert read_info(finished_run.workdir / "final.safetensors")["source"]["loss"] == "softmax"
 
 
 def test_weights_are_evaluated_on_a_folder_that_has_nothing_to_train_on(photos, tmp_path, capsys):
