@@ -46,6 +46,7 @@ class Conversion:
       num_read: tensors in the source.
       left_out: kind of tensor -> how many of them are no variables of the network.
       seconds: it took to read and convert.
+      notes: what a person should know of the source, one line each.
     """
 
     model: EfficientNet
@@ -54,6 +55,7 @@ class Conversion:
     num_read: int
     left_out: dict[str, int]
     seconds: float
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         mapped, left = len(flatten(self.variables)), sum(self.left_out.values())
@@ -157,6 +159,7 @@ def table(conversion: Conversion) -> str:
         "read": f"{conversion.num_read} tensors",
         "mapped": f"{len(leaves)} tensors, the {source['weights']} weights",
         "left out": left or "nothing",
+        **({"note": "; ".join(conversion.notes)} if conversion.notes else {}),
         "parameters": f"{sizes['params']:,} and {sizes['batch_stats']:,} moving statistics",
     })  # fmt: skip
 

@@ -123,6 +123,16 @@ _V1_B0 = (
     _mbconv(1, kernel=3, stride=1, expand=6, channels=(192, 320)),
 )
 
+# V1-B3 as it was released (tensorflow/tpu, efficientnet_model.py), and as Keras, timm and
+# torchvision have it: that code rounds no channel count below 90 %, so the first stage has 24
+# channels. In the V2 code, and therefore in the table below, it has 16. No other V1 differs.
+# `create_model("efficientnet-b3", blocks=RELEASED_V1_B3)`: 20 times the width 1.2 rounds to 24.
+RELEASED_V1_B3 = (
+    _mbconv(1, kernel=3, stride=1, expand=1, channels=(32, 20)),
+    _mbconv(2, kernel=3, stride=2, expand=6, channels=(20, 24)),
+    *_V1_B0[2:],
+)
+
 # The base of V2-B0..B3 (effnetv2_configs.py; section 4.5 of arXiv:2104.00298 compares them).
 _V2_BASE = (
     _fused(1, stride=1, expand=1, channels=(32, 16)),

@@ -1,0 +1,30 @@
+"""Converts weights of keras.applications; Keras need not be installed, only h5py.
+
+    python tools/convert_keras.py b0.weights.h5 b0.safetensors --model EfficientNetV2B0
+
+IN is a .weights.h5, .keras or .h5 file. NAME is that of keras.applications or ours.
+"""
+
+import functools
+import sys
+from collections.abc import Sequence
+
+from effv2_jax.convert.conversion import command
+from effv2_jax.convert.names_keras import SOURCES, convert
+from effv2_jax.convert.peers import keras_forward
+from effv2_jax.convert.source import find_source
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command and returns its exit code: 2 where the input is wrong."""
+    return command(
+        arguments,
+        description=__doc__,
+        convert=convert,
+        forward=keras_forward,
+        known_model=functools.partial(find_source, sources=SOURCES),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
