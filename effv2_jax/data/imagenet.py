@@ -15,6 +15,7 @@ imagenet_synset_to_lemma.txt and the synsets of tensorflow_datasets.
 """
 
 import functools
+import re
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ import numpy as np
 NUM_1K = 1000
 NUM_21K = 21843
 
+_SYNSET = re.compile(r"n\d{8}")
 _TABLES = Path(__file__).with_name("imagenet.npz")
 
 
@@ -68,6 +70,14 @@ def labels(num_classes: int) -> tuple[str, ...] | None:
     return known[num_classes]() if num_classes in known else None
 
 
+def readable(label: str) -> str:
+    """Returns a synset with the first of its names, "n01440764 tench"; other labels as they are."""
+    if not _SYNSET.fullmatch(label):
+        return label
+    name = _names_of_synsets().get(label)
+    return label if name is None else f"{label} {name.split(',')[0]}"
+
+
 def _synset(number: int) -> str:
     return f"n{number:08d}"
 
@@ -82,3 +92,12 @@ def _load() -> dict[str, np.ndarray]:
 def _names() -> tuple[str, ...]:
     """Names of the 21,843, then those of the 1,000 that are not among them."""
     return tuple(_load()["names"].tobytes().decode().split("\n"))
+
+
+@functools.cache
+def _names_of_synsets() -> dict[str, str]:
+    # Where both have a synset, the names of the 1,000 are the better known.
+    return {
+        **dict(zip(synsets_21k(), labels_21k(), strict=True)),
+        **dict(zip(synsets_1k(), labels_1k(), strict=True)),
+    }

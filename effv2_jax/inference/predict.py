@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from effv2_jax.data.imagenet import readable
 from effv2_jax.errors import UserError
 from effv2_jax.inference.command import say, write_text, written
 from effv2_jax.inference.forward import BatchProgram, forward
@@ -135,9 +136,9 @@ class _Job:
             contact_sheet.Tile(
                 pixels=pixels,
                 name=os.path.basename(each.path),
-                label=each.answers[0].label,
+                label=readable(each.answers[0].label),
                 probability=each.answers[0].probability,
-                truth=each.truth,
+                truth=None if each.truth is None else readable(each.truth),
                 right=each.right,
             )
             for pixels, each in zip(self._thumbnails, predictions, strict=False)
@@ -176,12 +177,12 @@ class _Job:
 
     def _write_heat_map(self, picture: Picture, prediction: Prediction, heat: np.ndarray) -> None:
         best = prediction.answers[0]
-        truth = f", is {prediction.truth}" if prediction.right is False else ""
+        truth = f", is {readable(prediction.truth)}" if prediction.right is False else ""
         page = draw_heat_map(
             picture.view.pixels,
             heat,
             box=picture.view.box,
-            title=f"{best.label} {best.probability:.1%}{truth}",
+            title=f"{readable(best.label)} {best.probability:.1%}{truth}",
             facts=f"Grad-CAM of {self._request.layer}, {heat.shape[0]}x{heat.shape[1]}: "
             f"{self._names[picture.path]}",
         )

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from effv2_jax.data.imagenet import readable
+
 FORMATS = ("table", "json", "csv")
 
 
@@ -127,21 +129,24 @@ def shortened(text: str, width: int) -> str:
 
 
 def _block(prediction: Prediction, width: int) -> list[str]:
-    verdict = {True: "  right", False: f"  wrong: {prediction.truth}", None: ""}[prediction.right]
+    truth = readable(prediction.truth or "")
+    verdict = {True: "  right", False: f"  wrong: {truth}", None: ""}[prediction.right]
     verdict = shortened(verdict, width // 2)
     lines = [shortened(prediction.path, width - len(verdict)) + verdict]
     for answer in prediction.answers:
-        lines.append(f"  {answer.probability:8.2%}  {shortened(answer.label, width - 12)}")
+        lines.append(
+            f"  {answer.probability:8.2%}  {shortened(readable(answer.label), width - 12)}"
+        )
     return lines
 
 
 def _rows(predictions: Sequence[Prediction], width: int) -> list[str]:
-    label_width = max((len(each.answers[0].label) for each in predictions), default=0)
-    label_width = min(label_width, width // 3)
+    labels = [readable(each.answers[0].label) for each in predictions]
+    label_width = min(max(map(len, labels), default=0), width // 3)
     lines = []
-    for each in predictions:
+    for each, label in zip(predictions, labels, strict=True):
         mark = {True: "  right", False: "  wrong", None: ""}[each.right]
-        label = shortened(each.answers[0].label, label_width)
+        label = shortened(label, label_width)
         name = shortened(each.path, width - label_width - 12 - len(mark))
         lines.append(f"{each.answers[0].probability:8.2%}  {label:{label_width}}  {name}{mark}")
     return lines

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from effv2_jax.atomic import replacing, write_json
+from effv2_jax.data.imagenet import readable
 from effv2_jax.errors import UserError
 from effv2_jax.training.metrics import (
     CALIBRATION_BINS,
@@ -20,7 +21,7 @@ from effv2_jax.training.metrics import (
 
 _FEW = 20  # up to so many classes all are printed, of more the worst and the best
 _SHOWN = 5  # of each
-_NAME = 28  # columns of a class name
+_NAME = 24  # columns of a class name
 
 _SETS = {"": "raw weights", "ema_": "moving average"}
 
@@ -38,7 +39,7 @@ def make_report(
 
     Args:
         answers: prefix ("" or "ema_") -> of each example.
-        labels: names of the classes, or None.
+        labels: names of the classes, or None; synsets get their first name beside them.
         num_classes: all labels and answers are below it.
         facts: what stands beside the metrics.
     """
@@ -55,7 +56,7 @@ def make_report(
             ]
             result["confusions"] = pairs
         results[_SETS[prefix]] = result
-    labels = None if labels is None else list(labels)
+    labels = None if labels is None else [readable(label) for label in labels]
     return {**facts, "num_classes": num_classes, "labels": labels, "results": results}
 
 

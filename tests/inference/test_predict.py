@@ -128,7 +128,7 @@ def test_equal_probabilities_are_told_in_the_order_of_the_classes():
 
 
 def test_weights_without_names_tell_numbers(predict, tmp_path, photos):
-    weights = write_weights(tmp_path / "w.safetensors", labels=None)
+    weights = write_weights(tmp_path / "w.safetensors", labels=None, outputs=3)
     code, out, _ = predict(weights, photos / "bee", "--format", "json", "--top-k", "1")
     assert code == 0
     (each,) = json.loads(out)["predictions"]

@@ -3,31 +3,15 @@
 import csv
 import json
 
-import numpy as np
 import pytest
 from PIL import Image
 
-from effv2_jax.convert.weights_file import read_info, save_weights
-from effv2_jax.data.kinds import describe
+from effv2_jax.convert.weights_file import read_info
 from effv2_jax.errors import UserError
-from effv2_jax.models.network import create_model, init_variables
 from effv2_jax.training import evaluation, loop
 from tests.data.pictures import class_folders
+from tests.inference.networks import write_weights
 from tests.training import tiny
-
-BLOCKS = ("r1_k3_s2_e1_i8_o8_c1",)
-
-
-def write_weights(path, *, labels=("ant", "bee", "cat"), kind="v2", outputs=None, size=24):
-    """A weights file of a network that was never trained, with a classifier that decides."""
-    outputs = len(labels) if outputs is None else outputs
-    model = create_model("testing", outputs, blocks=BLOCKS)
-    variables = init_variables(model, 3)
-    kernel = np.random.default_rng(0).normal(size=variables["params"]["classifier"]["kernel"].shape)
-    variables["params"]["classifier"]["kernel"] = kernel.astype(np.float32) * 20
-    info = {"image_size": size, "preprocessing": describe(kind, size), "labels": labels}
-    save_weights(path, model, variables, info)
-    return str(path)
 
 
 def folder_config(directory, weights, **overrides):
