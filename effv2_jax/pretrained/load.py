@@ -76,7 +76,7 @@ def load_pretrained(
     return with_new_classifier(loaded, num_classes, seed=seed, where=row.name)
 
 
-def open_weights(spec: str) -> Loaded:
+def open_weights(spec: str | Path) -> Loaded:
     """Opens WEIGHTS as every command takes them.
 
     Args:
@@ -88,7 +88,7 @@ def open_weights(spec: str) -> Loaded:
     Raises:
         UserError: neither a whole weights file nor the name of released weights.
     """
-    path = Path(spec)
+    path, spec = Path(spec), str(spec)
     if not path.exists() and released.names_weights(spec):
         return load_weights(fetch(released.parse(spec)))
     if spec in list_models() and not path.exists():

@@ -282,7 +282,7 @@ def test_weights_are_opened_by_name_and_by_file(site, tmp_path):
     by_name = open_weights("testing:tiny")
     path = tmp_path / "a:b"  # a file of that name is a file
     save_weights(path, by_name[0], by_name[1], by_name[2])
-    by_file = open_weights(str(path))
+    by_file = open_weights(path)
     assert by_file[2]["source"] == by_name[2]["source"]
     assert jax.tree.all(jax.tree.map(np.array_equal, by_file[1], by_name[1]))
     assert load_weights(path)[2] == by_file[2]
