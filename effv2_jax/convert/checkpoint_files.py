@@ -45,9 +45,13 @@ class Extent:
     size: int
 
     def read(self, offset: int, size: int) -> bytes:
-        """Returns `size` bytes from `offset` on; fewer where the file ends."""
+        """Returns `size` bytes from `offset` on; fewer where the extent ends."""
         self.file.seek(self.start + offset)
-        return self.file.read(min(size, self.size - offset))
+        size = max(min(size, self.size - offset), 0)
+        found = self.file.read(size)
+        if len(found) != size:
+            raise UserError(f"{self.name}: ends while it is read; is it being written?")
+        return found
 
     def read_into(self, array: np.ndarray, offset: int) -> None:
         """Fills an array of bytes from `offset` on."""
@@ -126,10 +130,8 @@ def _choose(where: str, named: str | None, present: list[str]) -> str:
         return present[0]
     if not present:
         raise UserError(f"{where}: no checkpoint in it: no file ends in .index")
-    told = (
-        f"its file `checkpoint` names {named!r}, which is not there" if named else "none is named"
-    )
-    raise UserError(f"{where}: several checkpoints and {told}: give one of {', '.join(present)}")
+    told = f"its file `checkpoint` names {named!r}, not one of them" if named else "none is named"
+    raise UserError(f"{where}: several checkpoints, and {told}: give one of {', '.join(present)}")
 
 
 def _from_prefix(prefix: Path) -> CheckpointFiles:

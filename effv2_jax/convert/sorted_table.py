@@ -16,6 +16,10 @@ _TRAILER = 5  # one byte: how the block is compressed; four: its checksum
 _UNCOMPRESSED, _SNAPPY = 0, 1
 
 
+class UnsupportedError(ValueError):
+    """The file is whole, but of a kind that is not read."""
+
+
 def read_table(data: bytes) -> dict[bytes, bytes]:
     """Reads all entries of a table.
 
@@ -23,7 +27,8 @@ def read_table(data: bytes) -> dict[bytes, bytes]:
         data: the whole file.
 
     Raises:
-        ValueError: not a table, damaged or cut off; or compressed, which TensorFlow never does.
+        ValueError: not a table, damaged or cut off.
+        UnsupportedError: compressed.
     """
     if len(data) < _FOOTER or not data.endswith(MAGIC):
         raise ValueError(f"the end of an index is missing ({len(data)} bytes)")
@@ -62,9 +67,9 @@ def _block(body: bytes, offset: int, size: int) -> bytes:
     if masked(crc32c(body[offset : end + 1])) != stored:
         raise ValueError(f"the checksum of the block at byte {offset} is wrong")
     if compression == _SNAPPY:
-        raise ValueError("it is compressed by snappy, which checkpoints never are")
+        raise UnsupportedError("its index is compressed by snappy; TensorFlow itself never does so")
     if compression != _UNCOMPRESSED:
-        raise ValueError(f"a block is compressed in the unknown way {compression}")
+        raise UnsupportedError(f"its index is compressed in the unknown way {compression}")
     return body[offset:end]
 
 

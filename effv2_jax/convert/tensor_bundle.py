@@ -16,7 +16,7 @@ import numpy as np
 
 from effv2_jax.convert.checkpoint_files import CheckpointFiles, Extent
 from effv2_jax.convert.crc32c import crc32c, masked
-from effv2_jax.convert.sorted_table import read_table
+from effv2_jax.convert.sorted_table import UnsupportedError, read_table
 from effv2_jax.convert.wire import fields, message, number, varint
 from effv2_jax.errors import UserError
 
@@ -79,7 +79,9 @@ class Bundle:
         try:
             table = read_table(files.index)
             self.num_shards, self.entries = _parse(table)
-        except (ValueError, UnicodeDecodeError) as error:
+        except UnsupportedError as error:
+            raise UserError(f"{self.where}: cannot be read: {error}") from None
+        except ValueError as error:
             raise UserError(
                 f"{self.where}.index: damaged: {error}; copy or download the checkpoint again"
             ) from None
@@ -170,7 +172,8 @@ def _parse(table: Mapping[bytes, bytes]) -> tuple[int, dict[str, Entry]]:
     entries = {}
     for key, value in table.items():
         if key:
-            entries[key.decode()] = _parse_entry(key.decode(), value, shards)
+            name = key.decode(errors="backslashreplace")
+            entries[name] = _parse_entry(name, value, shards)
     return shards, entries
 
 
@@ -178,7 +181,7 @@ def _parse_header(data: bytes) -> int:
     """BundleHeaderProto: num_shards = 1, endianness = 2 (0: little), version = 3."""
     found = {1: 1, 2: 0} | {field: value for field, value in fields(data) if field in (1, 2)}
     if number(found[2]) != 0:
-        raise ValueError("it was written on a big-endian machine, which cannot be read")
+        raise UnsupportedError("it was written on a big-endian machine; save it on another one")
     if not 1 <= number(found[1]) <= 99_999:
         raise ValueError(f"it says that there are {found[1]} shards")
     return number(found[1])
@@ -192,9 +195,8 @@ def _parse_entry(name: str, data: bytes, shards: int) -> Entry:
         if field == 2:
             shape = _parse_shape(message(value))
         elif field == 7:
-            raise ValueError(
-                f"{name} is stored in slices (a partitioned variable), which cannot be read; save "
-                "it unpartitioned"
+            raise UnsupportedError(
+                f"{name} is stored in slices (a partitioned variable); save it unpartitioned"
             )
         elif field in values:
             values[field] = number(value)

@@ -19,6 +19,8 @@ def varint(data: bytes, at: int) -> tuple[int, int]:
         at += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
+            if byte == 0 and shift:
+                raise ValueError("a number is longer than it is written")
             return value, at
     raise ValueError("a number has more than 64 bits")
 
