@@ -40,7 +40,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "train.schedule": ("exponential", "cosine", "linear", "constant"),
     "train.loss": ("softmax", "sigmoid", "summed_sigmoid"),
     "train.on_nonfinite": ("stop", "skip"),
-    "eval.label_subset": ("", "imagenet1k"),
+    "eval.label_subset": ("none", "imagenet1k"),
     "runtime.distributed": ("auto", "off"),
     "progressive.preset": ("official", "paper", "none"),
 }
@@ -320,7 +320,7 @@ def _conflicts(values: dict[str, Any]) -> Iterator[str]:
             f"train.decoupled_weight_decay = {values['train.decoupled_weight_decay']:g} has no "
             f"effect with train.optimizer = {values['train.optimizer']!r}: use adamw"
         )
-    if values["eval.label_subset"] and values["data.multilabel"]:
+    if values["eval.label_subset"] != "none" and values["data.multilabel"]:
         yield "eval.label_subset needs one class per example, data.multilabel = True gives several"
     if not values["eval.raw"] and not (values["eval.ema"] and values["train.ema_decay"]):
         yield "eval.raw = False without a moving average to evaluate: no weights to evaluate"

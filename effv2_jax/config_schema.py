@@ -123,7 +123,8 @@ def base_config() -> ConfigDict:
         "every_epochs": 1.0,
         "raw": True,                     # evaluate the raw weights
         "ema": True,                     # evaluate the moving average
-        "label_subset": "",              # --mode eval: imagenet1k: a network of ImageNet21k on it
+        "label_subset": "none",          # --mode eval: none; imagenet1k: a network of ImageNet21k
+                                         # on ImageNet
     })
 
     config.init = ConfigDict({

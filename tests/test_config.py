@@ -295,3 +295,16 @@ def test_any_override_is_taken_or_refused_in_words(key, text):
 
 def test_nearest_says_nothing_when_nothing_is_alike():
     assert nearest("xyzzy", ["train.epochs"]) == ""
+
+
+def test_label_subset_needs_one_class_per_example():
+    config = base_config()
+    config.data.dir = "photos"
+    config.eval.label_subset = "imagenet1k"
+    validate(config)
+    config.data.multilabel = True
+    with pytest.raises(UserError, match="label_subset needs one class per example"):
+        validate(config)
+    config.eval.label_subset = "imagenet"
+    with pytest.raises(UserError, match=r"expected one of none, imagenet1k \(nearest: imagenet1k\)"):
+        validate(config)

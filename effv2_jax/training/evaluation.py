@@ -217,7 +217,7 @@ def _facts(config: ConfigDict, subject: Subject, *, left_out: int) -> dict[str, 
         "data": " ".join(filter(None, (data.source, data.name, data.dir))),
         "image_size": subject.image_size,
         "preprocessing": subject.kind.name,
-        "label_subset": config.eval.label_subset or None,
+        "label_subset": config.eval.label_subset,
         "left_out": left_out,
         "other_names": _other_name(subject),
     }

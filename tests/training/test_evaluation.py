@@ -164,6 +164,6 @@ def test_labels_subset_of_imagenet21k():
     subset = evaluation._subset(config, subject)
     assert subset.shape == (1000,)
     assert subset.max() < 21843
-    config.eval.label_subset = ""
+    config.eval.label_subset = "none"
     with pytest.raises(UserError, match=r"set --config\.eval\.label_subset=imagenet1k"):
         evaluation._subset(config, subject)
