@@ -131,9 +131,8 @@ def fetch(
         archive, is_copy = _archive(row, path, mirror)
         try:
             _check_gzip(archive)
-            conversion = tf_checkpoint.convert(
-                archive, model=row.model, num_classes=row.num_classes
-            )
+            model = create_model(row.model, row.num_classes, blocks=row.blocks)
+            conversion = tf_checkpoint.convert(archive, model=model, num_classes=row.num_classes)
         except UserError as error:
             if not is_copy:
                 raise

@@ -18,7 +18,8 @@ import re
 from collections.abc import Sequence
 
 from effv2_jax.errors import UserError
-from effv2_jax.models.variants import get_variant, list_models
+from effv2_jax.models.block_spec import BlockSpec
+from effv2_jax.models.variants import RELEASED_V1_B3, get_variant, list_models
 
 BASE_URL = "https://storage.googleapis.com/cloud-tpu-checkpoints/efficientnet"
 
@@ -51,6 +52,12 @@ class Released:
     def name(self) -> str:
         """As commands take it: "efficientnetv2-s:imagenet21k-ft1k"."""
         return f"{self.model}:{self.weights}"
+
+    @property
+    def blocks(self) -> tuple[BlockSpec, ...]:
+        """Rows of the network; V1-B3 was released with others than the V2 code gives it."""
+        v1_b3 = self.model == "efficientnet-b3"
+        return RELEASED_V1_B3 if v1_b3 else get_variant(self.model).blocks
 
     @property
     def loss(self) -> str:

@@ -9,6 +9,7 @@ from flax import traverse_util
 
 from effv2_jax.data.kinds import KINDS, get_kind
 from effv2_jax.errors import UserError
+from effv2_jax.models.block_spec import format_block
 from effv2_jax.pretrained import open_weights
 
 _CLASSIFIER = "params/classifier/"
@@ -62,9 +63,9 @@ def transfer(
     if any(problems.values()):
         told = "; ".join(f"{_listing(names)} {kind}" for kind, names in problems.items() if names)
         advice = (
-            "model.width, depth and blocks must be those of the file"
+            f"set {', '.join(_shape_flags(other, model))}"
             if other.variant == model.variant
-            else f"set model.name={other.variant} or choose other weights"
+            else f"set --config.model.name={other.variant} or choose other weights"
         )
         raise UserError(
             f"init.weights = {spec}: weights of {other.variant!r}, which do not fit the network of "
@@ -79,6 +80,18 @@ def transfer(
     )
     message = f"init: {len(theirs)} tensors of {spec}{classifier}{images}"
     return traverse_util.unflatten_dict(result, sep="/"), message
+
+
+def _shape_flags(other: nn.Module, model: nn.Module) -> list[str]:
+    """The flags that give the run's network the shapes of the other one."""
+    flags = [
+        f"--config.model.{name}={getattr(other, name)}"
+        for name in ("width", "depth")
+        if getattr(other, name) != getattr(model, name)
+    ]
+    if other.blocks != model.blocks:
+        flags.append(f"--config.model.blocks={','.join(map(format_block, other.blocks))}")
+    return flags
 
 
 def _check_attributes(other: nn.Module, model: nn.Module, *, spec: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from effv2_jax.errors import UserError
-from effv2_jax.models.variants import get_variant, list_models
+from effv2_jax.models.variants import RELEASED_V1_B3, get_variant, list_models
 from effv2_jax.pretrained import released
 from effv2_jax.pretrained.released import RELEASED
 
@@ -70,6 +70,15 @@ def test_fine_tuned_weights_are_evaluated_at_the_size_of_the_network():
             assert (row.preprocessing, row.image_size) == (
                 "finetune", get_variant(row.model).eval_size,
             )  # fmt: skip
+
+
+def test_v1_b3_is_the_network_that_was_released():
+    rows = {row.name: row.blocks for row in RELEASED}
+    assert (
+        rows["efficientnet-b3:advprop"] == RELEASED_V1_B3 != get_variant("efficientnet-b3").blocks
+    )
+    assert rows["efficientnet-b4:advprop"] == get_variant("efficientnet-b4").blocks
+    assert rows["efficientnetv2-b3:imagenet1k"] == get_variant("efficientnetv2-b3").blocks
 
 
 def test_outputs_for_21k_are_each_for_itself():

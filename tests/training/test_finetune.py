@@ -120,7 +120,7 @@ def test_one_command_fine_tunes_from_released_weights(monkeypatch, photos, tmp_p
         ({"init.weights": "testing:big"}, "init.weights = testing:big: no weights of 'testing'"),
         ({"init.weights": "gone.safetensors"}, "init.weights = 'gone.safetensors': no such file"),
         ({"data.preprocessing": "v1"}, "set --config.data.preprocessing=finetune"),
-        ({"model.width": "2"}, "model.width, depth and blocks must be those of the file"),
+        ({"model.width": "2"}, "set --config.model.width=1.0"),
         ({"model.padding": "SYMMETRIC"}, "set --config.model.padding=SAME"),
         ({"init.freeze": "stem2"}, "init.freeze: 'stem2' matches no parameter"),
     ],

@@ -5,6 +5,7 @@ import pytest
 from flax import traverse_util
 
 from effv2_jax.config import base_config
+from effv2_jax.config_files import apply_overrides
 from effv2_jax.convert.weights_file import save_weights
 from effv2_jax.data.kinds import describe
 from effv2_jax.errors import UserError
@@ -61,8 +62,19 @@ def test_weights_of_another_network_are_refused_by_name(trained):
     message = str(error.value)
     assert "of another shape" in message
     assert "params/blocks_0/" in message
-    assert "more of another shape; model.width" in message
+    assert message.endswith("more of another shape; set --config.model.width=1.0")
     assert "\n" not in message
+
+
+def test_other_blocks_are_named_as_the_flag_that_gives_them(trained):
+    path, _ = trained
+    rows = ("r1_k3_s1_e1_i8_o8_c1", "r1_k3_s2_e2_i8_o16_se0.25")
+    model = create_model("testing", 10, blocks=rows)
+    with pytest.raises(UserError, match=r"; set --config\.model\.blocks=(\S+)$") as error:
+        transfer(init_variables(model, 0, 32), model, spec=str(path), preprocessing="v2")
+    config = base_config()
+    apply_overrides(config, {"model.blocks": str(error.value).rpartition("=")[2]})
+    assert create_model("testing", 10, blocks=config.model.blocks) == create_model("testing", 10)
 
 
 def test_weights_of_another_activation_padding_and_epsilon_are_refused_with_the_flags(trained):
