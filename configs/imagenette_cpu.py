@@ -6,9 +6,11 @@ Command:   python -m effv2_jax.main --config configs/imagenette_cpu.py --workdir
            with the folders train/ and val/ of the published archive.
 Stages:    64, 80, 104, 128 px for 16, 13, 11, 10 epochs, mixup 0 to 0.2, dropout 0.1 to 0.3.
 Hardware:  2 CPU cores.
-Wall time: not measured here.
-Result:    not measured here. To set beside it: fast.ai's leaderboard at 128 px, from scratch:
-           91.57 % after 20, 93.55 % after 80 epochs (larger networks).
+Wall time: 82 minutes, measured here on two cores that did other work besides.
+Result:    84.5 % top-1 (moving average), 84.1 % (raw), measured here on copies of the 13,394
+           pictures of 128 px, squashed to squares and compressed twice (one seed). To set beside
+           it: fast.ai's leaderboard at 128 px, from scratch: 91.57 % after 20, 93.55 % after 80
+           epochs (larger networks, better pictures).
 """
 
 from ml_collections import ConfigDict
