@@ -71,11 +71,11 @@ def labels(num_classes: int) -> tuple[str, ...] | None:
 
 
 def readable(label: str) -> str:
-    """Returns a synset with the first of its names, "n01440764 tench"; other labels as they are."""
+    """Returns a synset behind the first of its names, "tench (n01440764)"; other labels as is."""
     if not _SYNSET.fullmatch(label):
         return label
     name = _names_of_synsets().get(label)
-    return label if name is None else f"{label} {name.split(',')[0]}"
+    return label if name is None else f"{name.split(',')[0]} ({label})"
 
 
 def _synset(number: int) -> str:

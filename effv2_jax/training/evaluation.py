@@ -45,6 +45,7 @@ class Subject:
         name: for people.
         model: the network, knowing the mesh axis.
         weights: prefix of the metrics' names ("" or "ema_") -> variables, on the mesh.
+        titles: the same prefixes -> what the variables are, for people.
         labels: names of its classes, or None.
         kind: of preprocessing.
         image_size: px.
@@ -55,6 +56,7 @@ class Subject:
     name: str
     model: nn.Module
     weights: Mapping[str, Any]
+    titles: Mapping[str, str]
     labels: tuple[str, ...] | None
     kind: Kind
     image_size: int
@@ -103,7 +105,7 @@ def evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         answers = evaluator.answers(subject.weights)
     if jax.process_index() == 0:
         report = reports.make_report(
-            answers,
+            {subject.titles[prefix]: each for prefix, each in answers.items()},
             labels=subject.source.label_names or subject.labels,
             num_classes=subject.model.num_classes if subset is None else len(subset),
             facts=_facts(config, subject, left_out=evaluator.left_out),
@@ -133,6 +135,7 @@ def _from_checkpoint(config: ConfigDict, workdir: Path) -> Subject | None:
         name=f"checkpoint of step {int(state.step)}",
         model=parts.mesh_model,
         weights=setup.evaluated_variables(config, state),
+        titles={"": "raw weights", "ema_": "moving average"},
         labels=parts.train_source.label_names,
         kind=get_kind(config.data.preprocessing),
         image_size=parts.eval_size,
@@ -170,6 +173,7 @@ def _from_weights(config: ConfigDict, workdir: str | Path) -> Subject:
         name=spec,
         model=model,
         weights={"": meshes.put_replicated(variables, mesh)},
+        titles={"": "weights"},
         labels=None if info["labels"] is None else tuple(info["labels"]),
         kind=kind,
         image_size=resolve_image_size(

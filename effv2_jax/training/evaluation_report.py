@@ -21,9 +21,7 @@ from effv2_jax.training.metrics import (
 
 _FEW = 20  # up to so many classes all are printed, of more the worst and the best
 _SHOWN = 5  # of each
-_NAME = 24  # columns of a class name
-
-_SETS = {"": "raw weights", "ema_": "moving average"}
+_NAME = 26  # columns of a class name
 
 Report = dict[str, Any]
 
@@ -38,14 +36,14 @@ def make_report(
     """Returns the document.
 
     Args:
-        answers: prefix ("" or "ema_") -> of each example.
-        labels: names of the classes, or None; synsets get their first name beside them.
+        answers: name of the weights -> their answer to each example.
+        labels: names of the classes, or None; synsets get a name before them.
         num_classes: all labels and answers are below it.
         facts: what stands beside the metrics.
     """
     results = {}
-    for prefix, each in answers.items():
-        result: Report = {"prefix": prefix, **summary(each)}
+    for name, each in answers.items():
+        result: Report = summary(each)
         result["calibration"] = [dataclasses.asdict(b) for b in calibration(each)]
         if (each.label >= 0).all():  # with several labels an example has no one true class
             pairs = confusions(each)
@@ -55,7 +53,7 @@ def make_report(
                 for row in class_rows(pairs, num_classes)
             ]
             result["confusions"] = pairs
-        results[_SETS[prefix]] = result
+        results[name] = result
     labels = None if labels is None else [readable(label) for label in labels]
     return {**facts, "num_classes": num_classes, "labels": labels, "results": results}
 

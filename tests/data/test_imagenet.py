@@ -75,7 +75,7 @@ def test_labels_follow_the_number_of_outputs():
 
 
 def test_synsets_are_made_readable_and_other_labels_left_alone():
-    assert imagenet.readable("n01440764") == "n01440764 tench"
-    assert imagenet.readable("n04399382").startswith("n04399382 teddy")  # of the 1,000 only
+    assert imagenet.readable("n01440764") == "tench (n01440764)"
+    assert imagenet.readable("n04399382").startswith("teddy")  # of the 1,000 only
     for label in ("tench", "n1", "n99999999", ""):
         assert imagenet.readable(label) == label

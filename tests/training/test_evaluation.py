@@ -61,7 +61,7 @@ def test_weights_are_evaluated_on_a_folder_that_has_nothing_to_train_on(photos, 
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["eval"]
 
     report = json.loads((folder / "eval.json").read_text())
-    result = report["results"]["raw weights"]
+    result = report["results"]["weights"]
     assert report["labels"] == ["ant", "bee", "cat"]
     assert report["image_size"] == 24  # of the weights
     assert (result["examples"], result["top5_right"]) == (11, 11)
@@ -93,7 +93,7 @@ def test_all_counts_are_the_same_for_any_batch_and_number_of_devices(
         )
         loop.evaluate(config, tmp_path / f"{size}")
         reports.append(json.loads((tmp_path / f"{size}" / "eval" / "eval.json").read_text()))
-    one, other = (report["results"]["raw weights"] for report in reports)
+    one, other = (report["results"]["weights"] for report in reports)
     for exact in ("top1_right", "top5_right", "classes", "confusions"):
         assert other[exact] == one[exact], exact
     assert [b["count"] for b in other["calibration"]] == [b["count"] for b in one["calibration"]]
@@ -106,9 +106,9 @@ def test_classes_in_another_order_are_brought_together_by_their_names(photos, tm
     for name, labels in (("same", ("ant", "bee", "cat")), ("other", ("cat", "ant", "bee"))):
         files[name] = write_weights(tmp_path / f"{name}.safetensors", labels=labels)
     loop.evaluate(folder_config(photos, files["other"]), tmp_path / "out")
-    result = json.loads((tmp_path / "out/eval/eval.json").read_text())["results"]["raw weights"]
+    result = json.loads((tmp_path / "out/eval/eval.json").read_text())["results"]["weights"]
     loop.evaluate(folder_config(photos, files["same"]), tmp_path / "out")
-    same = json.loads((tmp_path / "out/eval/eval.json").read_text())["results"]["raw weights"]
+    same = json.loads((tmp_path / "out/eval/eval.json").read_text())["results"]["weights"]
     # The same outputs mean other classes: output 0 is "cat" (class 2), 1 "ant", 2 "bee".
     expected = sorted([label, (2, 0, 1)[best], times] for label, best, times in same["confusions"])
     assert result["confusions"] == expected
@@ -146,7 +146,7 @@ def test_broken_pictures_are_left_out_and_told(photos, tmp_path, capsys):
     loop.evaluate(config, tmp_path / "out")
     assert "1 broken pictures were left out" in capsys.readouterr().out
     report = json.loads((tmp_path / "out/eval/eval.json").read_text())
-    assert report["results"]["raw weights"]["examples"] == 10
+    assert report["results"]["weights"]["examples"] == 10
 
 
 def test_labels_subset_of_imagenet21k():
@@ -158,7 +158,7 @@ def test_labels_subset_of_imagenet21k():
             self.num_classes, self.label_names = num_classes, None
 
     subject = evaluation.Subject(
-        name="w", model=Sized(21843), weights={}, labels=None, kind=None, image_size=24,
+        name="w", model=Sized(21843), weights={}, titles={}, labels=None, kind=None, image_size=24,
         source=Sized(1000), mesh=None,
     )  # fmt: skip
     subset = evaluation._subset(config, subject)
