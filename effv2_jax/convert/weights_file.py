@@ -147,15 +147,21 @@ def _opened(path: Path) -> Any:
 
 
 def _verify(path: Path, temporary: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Compares a file with what was written to it, tensor by tensor, bit by bit."""
-    with safetensors.safe_open(temporary, framework="numpy") as file:
-        same = set(file.keys()) == set(tensors)
-        different = [
-            name
-            for name, tensor in tensors.items()
-            if not same
-            or not np.array_equal(file.get_tensor(name).view(np.uint32), tensor.view(np.uint32))
-        ]
+    """Compares a file with what was written to it, tensor by tensor, bit by bit.
+
+    With plain reads, by safetensors' layout (length of the header, header, tensors): its own reader
+    maps the whole file into memory.
+    """
+    with temporary.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        places = json.loads(file.read(length))
+        different = []
+        for name, tensor in tensors.items():
+            begin, end = places[name]["data_offsets"] if name in places else (0, 0)
+            file.seek(8 + length + begin)
+            found = np.fromfile(file, np.uint32, (end - begin) // 4)
+            if not np.array_equal(found, tensor.reshape(-1).view(np.uint32)):
+                different.append(name)
     if different:
         raise UserError(
             f"{path}: not written: {len(different)} tensors read back differently, first "
