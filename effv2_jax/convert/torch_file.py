@@ -18,7 +18,7 @@ import pickle
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -93,13 +93,9 @@ class _Inert:
 
     def __init__(self, *_: Any) -> None: ...
 
-    def __setstate__(self, _: Any) -> None: ...
-
 
 class _Dict(dict):
     """An OrderedDict without the attributes that a state dict's has (its modules' versions)."""
-
-    def __setstate__(self, _: Any) -> None: ...
 
 
 def read_torch_file(path: str | Path) -> Any:
@@ -184,7 +180,7 @@ def _damage_told(path: Path) -> Iterator[None]:
     """Turns whatever a damaged file makes fail into one line."""
     try:
         yield
-    except (UserError, MemoryError):
+    except UserError:
         raise
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
@@ -195,13 +191,24 @@ def _damage_told(path: Path) -> Iterator[None]:
         ) from None
 
 
-class _Unpickler(pickle.Unpickler):
-    """Unpickles the tensors of a state dict and nothing else."""
+class _Unpickler(pickle._Unpickler):
+    """Unpickles the tensors of a state dict and nothing else.
+
+    The one in Python, not the one in C, which reserves as much memory as a damaged file asks for.
+    """
 
     def __init__(self, file: Any, path: Path, load: Callable[[_Storage], np.ndarray]) -> None:
         super().__init__(file, encoding="utf-8")
         self._path, self._load = path, load
         self.storages: dict[str, _Storage] = {}
+
+    def load_build(self) -> None:
+        """Drops an object's attributes: none is wanted, and a tensor's have been checked."""
+        self.stack.pop()
+        if not isinstance(self.stack[-1], _Dict | _Inert):
+            raise ValueError("attributes of something that has none")
+
+    dispatch: ClassVar = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
 
     def find_class(self, module: str, name: str) -> Any:
         """Returns our counterpart of the few names a state dict needs."""

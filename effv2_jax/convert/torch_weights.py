@@ -56,7 +56,7 @@ class _OnDemand(Mapping):
 
     def __getitem__(self, name: str) -> np.ndarray:
         tensor = self._readers[name]()
-        return tensor.astype(np.float32) if np.issubdtype(tensor.dtype, np.floating) else tensor
+        return tensor.astype(np.float32) if tensor.dtype.name in _FLOATS else tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._readers)
