@@ -6,11 +6,11 @@ Command:   python -m effv2_jax.main --config configs/fashion_mnist.py --workdir 
                --config.data.dir=FOLDER_OF_THE_FOUR_FILES
 Stages:    3 of 3 epochs: 48, 56, 64 px.
 Hardware:  CPU; docs/add_a_dataset.md goes through the lines.
-Wall time: 529 s for the first 8,000 pictures, measured here on two cores busy with other work;
+Wall time: 745 s for the first 8,000 pictures, measured here on two cores busy with other work;
            all 60,000: not measured here.
-Result:    77.6 % top-1 on the first 2,000 test pictures after 562 steps on the first 8,000 training
-           pictures, measured here (one seed): too few steps, it still underfits. All 60,000 give
-           seven times as many: not measured here.
+Result:    85.8 % top-1 (moving average) on the first 2,000 test pictures after 562 steps on the
+           first 8,000 training pictures, measured here (one seed); with the official
+           initialisation it was 77.6 %. All 60,000 give seven times as many: not measured here.
 """
 
 from ml_collections import ConfigDict
