@@ -30,7 +30,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.lowering": ("auto", "plain", "cpu"),
     "model.padding": ("SAME", "SYMMETRIC"),
     "data.source": ("tfds", "folder", "arrays", "digits", "synthetic"),
-    "data.preprocessing": ("v2", "v1", "finetune", "advprop"),
     "data.crop": ("inception", "none"),
     "data.augment": ("none", "randaugment", "autoaugment", "ra_aa"),
     "data.on_corrupt": ("error", "skip"),
@@ -228,9 +227,10 @@ _KIND_NAMES = {
 
 
 def _single_values(values: dict[str, Any]) -> Iterator[str]:
-    from effv2_jax.models import variants  # a table; imports no JAX
+    from effv2_jax.data import kinds  # tables; they import no JAX
+    from effv2_jax.models import variants
 
-    names = variants.list_models()
+    names = (*variants.list_models(), *variants.list_models("timm"))
     if values["model.name"] not in (*names, "testing"):
         yield (
             f"model.name = {values['model.name']!r}: no such model"
@@ -240,6 +240,12 @@ def _single_values(values: dict[str, Any]) -> Iterator[str]:
         if values[key] is not None and values[key] not in allowed:
             hint = nearest(values[key], allowed)
             yield f"{key} = {values[key]!r}: expected one of {', '.join(allowed)}{hint}"
+    preprocessing = values["data.preprocessing"]
+    if not kinds.is_kind(preprocessing):
+        yield (
+            f"data.preprocessing = {preprocessing!r}: expected one of {kinds.EXPECTED}"
+            f"{nearest(preprocessing, kinds.KINDS)}"
+        )
     for key, (holds, expected) in _RANGES.items():
         if values[key] is not None and not holds(values[key]):
             yield f"{key} = {values[key]!r}: expected {expected}"

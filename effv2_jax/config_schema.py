@@ -57,7 +57,7 @@ def base_config() -> ConfigDict:
         "eval_list": "",                 # the same for evaluation
         "multilabel": False,             # labels are multi-hot vectors
         "num_examples": 1024,            # synthetic: training examples
-        "preprocessing": "v2",           # v2, v1, finetune, advprop: eval crop and normalisation
+        "preprocessing": "v2",           # v2, v1, finetune, advprop, pillow-...: see data/kinds.py
         "crop": "inception",             # training crop: inception, none
         "crop_area": (0.05, 1.0),        # share of the image's area
         "crop_aspect": (0.75, 1.33),     # width / height

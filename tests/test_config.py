@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from effv2_jax import config as config_lib
 from effv2_jax.config import base_config, from_json, keys, nearest, to_json, validate
 from effv2_jax.config_files import apply_overrides
+from effv2_jax.data.kinds import KINDS
 from effv2_jax.errors import UserError
 
 
@@ -170,7 +171,7 @@ def test_wrong_type_is_found(key, value, kind):
 
 
 def test_choices_are_those_the_code_has():
-    from effv2_jax.data import kinds, policy, sources
+    from effv2_jax.data import policy, sources
     from effv2_jax.models import layers
     from effv2_jax.training import optimizers, progressive
 
@@ -181,9 +182,28 @@ def test_choices_are_those_the_code_has():
         "progressive.preset": progressive.PRESETS,
         "data.augment": policy.POLICIES,
         "data.source": sources.SOURCES,
-        "data.preprocessing": kinds.KINDS,
     }.items():
         assert set(config_lib.CHOICES[key]) == set(names), key
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "pillow-bicubic-0.875-imagenet"])
+def test_every_kind_of_preprocessing_is_accepted(kind):
+    config = _valid()
+    config.data.preprocessing = kind
+    validate(config)
+
+
+def test_an_unknown_kind_of_preprocessing_is_found():
+    config = _valid()
+    config.data.preprocessing = "v3"
+    problem = "data.preprocessing = 'v3': expected one of v2, v1, finetune, advprop, or like pillow"
+    assert problem in _problems(config)
+
+
+def test_networks_of_timm_can_be_trained():
+    config = _valid()
+    config.model.name = "efficientnetv2-rw-t"
+    validate(config)
 
 
 def test_every_key_with_a_number_has_a_range_or_is_free_by_intent():
@@ -306,5 +326,7 @@ def test_label_subset_needs_one_class_per_example():
     with pytest.raises(UserError, match="label_subset needs one class per example"):
         validate(config)
     config.eval.label_subset = "imagenet"
-    with pytest.raises(UserError, match=r"expected one of none, imagenet1k \(nearest: imagenet1k\)"):
+    with pytest.raises(
+        UserError, match=r"expected one of none, imagenet1k \(nearest: imagenet1k\)"
+    ):
         validate(config)

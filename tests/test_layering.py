@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "errors": set(),
     "atomic": {"errors"},
     "config_schema": set(),
-    "config": {"config_schema", "errors", "models", "pretrained"},
+    "config": {"config_schema", "data", "errors", "models", "pretrained"},
     "config_files": {"config", "errors"},
     "models": {"errors"},
     "data": {"errors"},

@@ -1,0 +1,147 @@
+"""Against the real Keras, timm and torchvision, where they are installed.
+
+python -m pytest tests/convert/test_peers.py -s    # prints the largest deviation of each
+"""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from effv2_jax.convert import names_keras, names_timm, names_torchvision, peers
+from effv2_jax.convert.conversion import Conversion, default_info, parity
+from effv2_jax.convert.mapping import expected_there
+from effv2_jax.data.kinds import get_kind
+from effv2_jax.models.network import create_model, init_variables
+from effv2_jax.models.summary import summarize, totals
+from effv2_jax.models.variants import get_variant
+
+pytestmark = pytest.mark.slow
+
+# Ten times what float32 alone moves the logits, relative to their deviation.
+TOLERANCE = 1e-4
+
+
+def _first(module):
+    """One source per network, the small networks first."""
+    seen = {}
+    for source in module.SOURCES:
+        seen.setdefault(source.model, source)
+    return sorted(seen.values(), key=_multiply_adds)
+
+
+def _multiply_adds(source) -> int:
+    return totals(summarize(get_variant(source.model), image_size=128))[-1]
+
+
+def _id(source) -> str:
+    return source.name.split(".")[0]
+
+
+def _random(source) -> Conversion:
+    """Weights with statistics and scales that are neither 0 nor 1."""
+    model = create_model(source.model, 1000, **source.overrides)
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        value, name = np.asarray(leaf), path[-1].key
+        if name in ("scale", "var"):
+            return rng.uniform(0.6, 1.4, value.shape).astype(np.float32)
+        if name == "kernel":  # fan-in: activations neither grow nor vanish
+            return (value / value.std() / math.sqrt(math.prod(value.shape[:-1]))).astype(np.float32)
+        return rng.normal(0, 0.1, value.shape).astype(np.float32)
+
+    variables = jax.tree_util.tree_map_with_path(draw, init_variables(model, 0))
+    count = len(jax.tree.leaves(variables))
+    info = default_info(source.model, framework="test", file="random", sha256=None)
+    info["image_size"] = 128
+    return Conversion(
+        model=model, variables=variables, info=info, num_read=count, left_out={}, seconds=0.0
+    )
+
+
+def _check(source, forward):
+    deviation = parity(_random(source), forward)
+    print(f"\n{source.name:32} {deviation:.1e}")
+    assert deviation < TOLERANCE
+
+
+@pytest.mark.parametrize("source", _first(names_timm), ids=_id)
+def test_logits_equal_those_of_timm(source):
+    pytest.importorskip("timm", reason="compares with timm")
+    _check(source, peers.timm_forward(""))
+
+
+@pytest.mark.parametrize("source", _first(names_torchvision), ids=_id)
+def test_logits_equal_those_of_torchvision(source):
+    pytest.importorskip("torchvision", reason="compares with torchvision")
+    _check(source, peers.torchvision_forward(""))
+
+
+@pytest.mark.parametrize("source", _first(names_keras), ids=_id)
+def test_logits_equal_those_of_keras(source):
+    pytest.importorskip("keras", reason="compares with Keras")
+    _check(source, peers.keras_forward(""))
+
+
+def _torch_shapes(network) -> dict:
+    return {
+        name: tuple(tensor.shape)
+        for name, tensor in network.state_dict().items()
+        if not name.endswith("num_batches_tracked")
+    }
+
+
+def _norms(network) -> set:
+    import torch
+
+    norms = (m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    return {(norm.eps, 1 - norm.momentum) for norm in norms}
+
+
+def _ours(module, source):
+    model = create_model(source.model, 1000, **source.overrides)
+    expected = expected_there(module.tensor_names(model), model)
+    return {name: shape for name, (_, shape) in expected.items()}, model
+
+
+@pytest.mark.parametrize("source", _first(names_timm), ids=_id)
+def test_names_shapes_norms_and_preprocessing_are_those_of_timm(source):
+    timm = pytest.importorskip("timm", reason="compares with timm")
+    import torch
+
+    with torch.device("meta"):
+        network = timm.create_model(source.name.split(".")[0])
+    shapes, model = _ours(names_timm, source)
+    assert shapes == _torch_shapes(network)
+    assert _norms(network) == {(model.bn_epsilon, model.bn_momentum)}
+    for other in names_timm.SOURCES:
+        if other.model == source.model:
+            cfg = timm.get_pretrained_cfg(other.name)
+            squash = "squash" if cfg.crop_mode == "squash" else ""
+            half = "half" if cfg.mean == (0.5,) * 3 else "imagenet"
+            kind = f"pillow-{cfg.interpolation}-{squash}{cfg.crop_pct:g}-{half}"
+            size = (cfg.test_input_size or cfg.input_size)[-1]
+            assert (other.image_size, other.preprocessing) == (size, kind), other.name
+    default = timm.get_pretrained_cfg(source.name.split(".")[0])
+    assert f"{default.architecture}.{default.tag}" == source.name
+
+
+@pytest.mark.parametrize("source", _first(names_torchvision), ids=_id)
+def test_names_shapes_norms_and_preprocessing_are_those_of_torchvision(source):
+    torchvision = pytest.importorskip("torchvision", reason="compares with torchvision")
+    import torch
+
+    with torch.device("meta"):
+        network = torchvision.models.get_model(source.name, weights=None)
+    shapes, model = _ours(names_torchvision, source)
+    assert shapes == _torch_shapes(network)
+    assert _norms(network) == {(model.bn_epsilon, model.bn_momentum)}
+    theirs = torchvision.models.get_model_weights(source.name).DEFAULT.transforms()
+    kind = get_kind(source.preprocessing)
+    assert theirs.crop_size == [source.image_size]
+    assert theirs.resize_size == [math.floor(source.image_size / kind.share)]
+    assert theirs.interpolation.value == ("bicubic" if kind.bicubic else "bilinear")
+    np.testing.assert_allclose(np.asarray(kind.mean) / 255, theirs.mean, rtol=1e-6)
+    np.testing.assert_allclose(np.asarray(kind.std) / 255, theirs.std, rtol=1e-6)
