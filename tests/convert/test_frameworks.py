@@ -13,7 +13,7 @@ import safetensors.numpy
 from effv2_jax import load_weights, save_weights
 from effv2_jax.convert import names_keras, names_tf, names_timm, names_torchvision
 from effv2_jax.convert.mapping import expected_there
-from effv2_jax.data.kinds import get_kind, kind_of
+from effv2_jax.data.kinds import describe, get_kind, kind_of
 from effv2_jax.errors import UserError
 from effv2_jax.models.network import create_model, init_variables
 from effv2_jax.models.variants import list_models
@@ -58,6 +58,24 @@ def test_what_keras_v1_does_to_images_is_in_the_preprocessing(file):
     inputs = (pixels - np.float32(kind.mean)) / np.float32(kind.std)
     assert _deviation(conversion, inputs, "keras_v1") < TOLERANCE
     assert conversion.left_out["input normalisation"] == 3
+
+
+@pytest.mark.parametrize("variance", [(0.229, 0.224, 0.225), (0.229**2, 0.224**2, 0.225**2)])
+def test_the_released_weights_of_keras_v1_have_the_official_preprocessing(tmp_path, variance):
+    """Their "variance" is the deviation: tensorflow issue 49930."""
+    h5py = pytest.importorskip("h5py", reason="writes HDF5")
+    path = tmp_path / "efficientnetb0.h5"
+    shutil.copy(FOLDER / "keras_v1.h5", path)
+    with h5py.File(path, "r+") as file:
+        values = file["model_weights/normalization/normalization"]
+        values["mean"][...] = (0.485, 0.456, 0.406)
+        values["variance"][...] = variance
+    conversion = names_keras.convert(path, model=network("keras_v1"))
+    size = conversion.info["image_size"]
+    assert conversion.info["preprocessing"] == describe(
+        conversion.info["preprocessing"]["kind"], size
+    )
+    assert conversion.info["preprocessing"]["kind"] != "finetune"
 
 
 def test_another_padding_or_epsilon_would_be_noticed():
