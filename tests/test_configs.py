@@ -25,7 +25,7 @@ ARGUMENTS = {
     "b_imagenet": ("b0", "b1", "b2", "b3"),
     "digits": (None,),
     "fashion_mnist": (None,),
-    "folder": ("scratch", "finetune"),
+    "folder": ("scratch", "finetune", "official"),
     "imagenette_cpu": (None,),
     "v1_imagenet": ("b0", "b1", "b2", "b3", "b4", "b5", "b6", "b7", "b8", "l2"),
     "v2_imagenet21k": ("s", "m", "l", "xl"),
@@ -164,7 +164,7 @@ def test_paper_recipe_runs_from_the_first_to_the_last_column_of_table_6(
 
 
 def test_finetune_settings_are_the_official_ones_but_for_batch_and_length():
-    config = _load("folder", "finetune")
+    config = _load("folder", "official")
     expected = reference.load_json("schedules.json")["models"]["efficientnetv2-s"]["imagenetft"]
     (stage,) = make_stages(config, variant=get_variant("efficientnetv2-s"), num_examples=10_000)
     assert stage.image_size == expected["train_isize"]
