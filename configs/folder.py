@@ -36,7 +36,8 @@ def get_config(argument: str = "scratch") -> ConfigDict:
     config.data.dir = "photos"
     config.data.eval_fraction = 0.2  # only where the folder has no val/
 
-    pick(argument, {"scratch": _scratch, "finetune": _finetune, "official": _official}, config="folder.py")(config)
+    kinds = {"scratch": _scratch, "finetune": _finetune, "official": _official}
+    pick(argument, kinds, config="folder.py")(config)
     return config
 
 
