@@ -20,8 +20,10 @@ from effv2_jax.models.variants import list_models
 from tests import reference
 from tests.convert.frameworks import CONVERTERS, FOLDER, convert, images, logits, network
 
-# Our float32 against float64 (PyTorch) or float32 (Keras), relative to the logits' deviation.
-TOLERANCE = 2e-5
+# Our float32 against float64 (PyTorch) or float32 (Keras), relative to the logits' deviation. The
+# random weights amplify rounding: PyTorch's own float32 is 7e-5 away, ours 9e-6 to 3.5e-5, by the
+# version of JAX. A tensor in another's place or another epsilon costs more than 1e-3.
+TOLERANCE = 1e-4
 
 
 def _sources():
