@@ -10,7 +10,8 @@ Wall time: 745 s for the first 8,000 pictures, measured here on two cores busy w
            all 60,000: not measured here.
 Result:    85.8 % top-1 (moving average) on the first 2,000 test pictures after 562 steps on the
            first 8,000 training pictures, measured here (one seed); with the official
-           initialisation and half the learning rate it was 77.6 %. All 60,000 give seven times as many: not measured here.
+           initialisation and half the learning rate it was 77.6 %. All 60,000 give
+           seven times as many: not measured here.
 """
 
 from ml_collections import ConfigDict
