@@ -7,12 +7,11 @@ Exit codes: 0 done; 2 the input is wrong (one line on stderr, no traceback); 128
 signal ended the run after saving; 1 anything else.
 """
 
-import argparse
-import signal
 import sys
 from pathlib import Path
 
 from effv2_jax import startup
+from effv2_jax.command import Parser, exit_code
 from effv2_jax.config import nearest, validate
 from effv2_jax.config_files import apply_overrides, load_config, split_argument
 from effv2_jax.errors import UserError
@@ -24,20 +23,11 @@ all keys, their defaults and bounds: effv2_jax/config.py; recipes: configs/
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises UserError where argparse would print its usage."""
-
-    def error(self, message: str) -> None:
-        raise UserError(f"{message}; --help shows the flags")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
+        "Train or evaluate an EfficientNet. Started again on a workdir, it continues.",
+        _EPILOG,
         prog="python -m effv2_jax.main",
-        description="Train or evaluate an EfficientNet. Started again on a workdir, it continues.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--config", required=True, metavar="FILE[:ARGUMENT]", help="recipe, e.g. configs/digits.py")
@@ -94,14 +84,7 @@ def run(arguments: list[str]) -> None:
 
 def main() -> int:
     """Runs the command and returns its exit code."""
-    try:
-        run(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    return 0
+    return exit_code(run, sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -2,11 +2,15 @@
 
 Four simulated CPU devices let one process prove that results do not depend on the number of
 devices. Compiled programs are kept between test runs: most of the time of a cold run is XLA.
+Property tests draw the same cases in every run, so that a change is to blame for what fails;
+HYPOTHESIS_PROFILE=explore draws new ones.
 """
 
 import os
 import tempfile
 from pathlib import Path
+
+import hypothesis
 
 
 def _set_environment() -> None:
@@ -24,3 +28,7 @@ def _set_environment() -> None:
 
 
 _set_environment()
+
+hypothesis.settings.register_profile("repeat", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("explore", deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeat"))

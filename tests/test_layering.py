@@ -14,23 +14,25 @@ PACKAGE = ROOT / "effv2_jax"
 MAY_IMPORT = {
     "errors": set(),
     "atomic": {"errors"},
+    "command": {"atomic", "errors"},
     "config_schema": set(),
     "config": {"config_schema", "data", "errors", "models", "pretrained"},
     "config_files": {"config", "errors"},
-    "models": {"errors"},
+    "models": {"command", "errors"},
     "data": {"errors"},
-    "convert": {"models", "data", "atomic", "errors"},
-    "pretrained": {"atomic", "convert", "data", "errors", "models"},
-    "report": {"atomic", "errors"},
+    "convert": {"atomic", "command", "data", "errors", "models"},
+    "pretrained": {"atomic", "command", "convert", "data", "errors", "models"},
+    "report": {"atomic", "command", "errors"},
     "inference": {
-        "atomic", "config", "data", "errors", "models", "pretrained", "report", "startup",
+        "atomic", "command", "config", "data", "errors", "models", "pretrained", "report",
+        "startup",
     },
     "training": {
         "atomic", "config", "convert", "data", "errors", "models", "pretrained", "report",
         "startup",
     },
     "startup": {"errors"},
-    "main": {"config", "config_files", "errors", "startup", "training"},
+    "main": {"command", "config", "config_files", "errors", "startup", "training"},
     "__init__": {"errors"},
 }  # fmt: skip
 

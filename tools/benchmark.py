@@ -13,26 +13,27 @@ import sys
 from collections.abc import Callable, Sequence
 
 from effv2_jax import startup
+from effv2_jax.command import exit_code
 from effv2_jax.errors import UserError
 
 
 def _step(arguments: Sequence[str]) -> None:
     import benchmark_step  # the folder of this script is on Python's path
 
-    benchmark_step.main(arguments)
+    benchmark_step.run(arguments)
 
 
 def _input(arguments: Sequence[str]) -> None:
     import benchmark_input
 
-    benchmark_input.main(arguments)
+    benchmark_input.run(arguments)
 
 
 def _augment(arguments: Sequence[str]) -> None:
     print(startup.tune(sys.argv), flush=True)  # before JAX is imported
     import benchmark_augment
 
-    benchmark_augment.main(arguments)
+    benchmark_augment.run(arguments)
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
@@ -42,19 +43,18 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 }
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Runs a command and returns the exit code: 2 where the arguments are wrong."""
+def _run(arguments: Sequence[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
-        return 0
-    try:
-        if arguments[0] not in COMMANDS:
-            raise UserError(f"unknown command {arguments[0]!r}: expected {', '.join(COMMANDS)}")
-        COMMANDS[arguments[0]](arguments[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return
+    if arguments[0] not in COMMANDS:
+        raise UserError(f"unknown command {arguments[0]!r}: expected {', '.join(COMMANDS)}")
+    COMMANDS[arguments[0]](arguments[1:])
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command and returns its exit code."""
+    return exit_code(_run, arguments)
 
 
 if __name__ == "__main__":

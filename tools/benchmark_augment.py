@@ -7,7 +7,6 @@ single operations apply that operation to every image; policies draw theirs. "pr
 time of the host's cores, on which other load of the machine has little influence.
 """
 
-import argparse
 import os
 import statistics
 import time
@@ -17,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from effv2_jax.command import Parser
 from effv2_jax.data import augment
 from effv2_jax.data.augment_apply import IMPLEMENTATIONS, apply_operations
 from effv2_jax.data.mix import mix
@@ -105,11 +105,9 @@ def measure(
     return statistics.median(wall), statistics.median(processor)
 
 
-def main(arguments: Sequence[str]) -> None:
+def run(arguments: Sequence[str]) -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(
-        prog="tools/benchmark.py augment", description=__doc__.splitlines()[0]
-    )
+    parser = Parser(__doc__.splitlines()[0], prog="tools/benchmark.py augment")
     parser.add_argument("--sizes", type=int, nargs="+", default=[128, 192], help="pixels")
     parser.add_argument("--batch", type=int, default=32, help="images, an even number")
     parser.add_argument("--rounds", type=int, default=9, help="calls of which to take the median")

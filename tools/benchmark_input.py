@@ -1,21 +1,19 @@
 """Measures the input pipeline: images per second of each of its parts, on this machine.
 
-    python tools/benchmark_input.py                        # made-up 500x375 JPEGs
-    python tools/benchmark_input.py --dir photos           # a folder of classes
-    python tools/benchmark_input.py --source arrays --dir fashion_mnist
+    python tools/benchmark.py input                        # made-up 500x375 JPEGs
+    python tools/benchmark.py input --dir photos           # a folder of classes
+    python tools/benchmark.py input --source arrays --dir fashion_mnist
 
 Every part is timed several times; the median and the range are printed. "per core" divides by the
 processor time that was used, not by the clock, so that other load on the machine matters little.
 """
 
-import argparse
 import dataclasses
 import importlib.util
 import itertools
 import os
 import resource
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -24,15 +22,15 @@ from typing import Any
 
 import numpy as np
 
+from effv2_jax.command import Parser
 from effv2_jax.config import base_config
 from effv2_jax.data.chunks import Options
 from effv2_jax.data.decode import EncodedImage, as_rgb
 from effv2_jax.data.examples import Example, Source
 from effv2_jax.data.loader import eval_batches, to_device, train_batches
 from effv2_jax.data.order import position_generator
-from effv2_jax.data.preprocess import evaluation_image, get_kind, training_image
+from effv2_jax.data.preprocess import evaluation_image, training_image
 from effv2_jax.data.sources import open_source
-from effv2_jax.errors import UserError
 
 _PICTURES = 64  # of the source that are used
 
@@ -101,7 +99,7 @@ def _measure(name: str, work: Callable[[int], Any], seconds: float, note: str = 
 def _measure_parts(source: Source, data_config: Any, sizes: Sequence[int], seconds: float) -> None:
     """The parts one by one, in this thread."""
     options = Options.from_config(data_config)
-    kind = get_kind(options.kind)
+    kind = options.kind
     count = min(len(source), _PICTURES)
     _measure("read", lambda i: source[i % count], seconds)
     examples: list[Example] = [source[i] for i in range(count)]
@@ -213,11 +211,9 @@ def _measure_transfer(sizes: Sequence[int], batch_size: int) -> None:
         _report(f"transfer of {size} px", rates, f"{speed:.1f} GB/s to {device}")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def run(arguments: Sequence[str]) -> None:
     """Reads the flags, measures, prints."""
-    parser = argparse.ArgumentParser(
-        prog="tools/benchmark.py input", description=__doc__.splitlines()[0]
-    )
+    parser = Parser(__doc__.splitlines()[0], prog="tools/benchmark.py input")
     parser.add_argument("--source", default="folder", help="folder, arrays, tfds, digits, ...")
     parser.add_argument("--dir", default="", help="of the data; empty with folder: made up")
     parser.add_argument("--name", default="", help="data.name, for tfds and synthetic")
@@ -253,11 +249,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _measure_loader(source, data_config, sizes, flags.batch_size, flags.seconds)
         if not flags.no_transfer:
             _measure_transfer(sizes, flags.batch_size)
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

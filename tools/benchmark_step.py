@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from effv2_jax import startup
+from effv2_jax.command import Parser
 from effv2_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ class Variant:
         }
 
 
-def main(arguments: Sequence[str]) -> None:
+def run(arguments: Sequence[str]) -> None:
     """Measures and prints.
 
     Raises:
@@ -147,12 +148,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Reads the flags; lists are separated by commas."""
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> None:
-            raise UserError(f"{message}; --help shows the flags")
-
-    parser = Parser(prog="tools/benchmark.py step", description=__doc__.splitlines()[0])
+    parser = Parser(__doc__.splitlines()[0], prog="tools/benchmark.py step")
 
     def add_list(flag: str, default: str, kind: type = str, *, text: str) -> None:
         def read(value: str) -> list[Any]:

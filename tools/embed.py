@@ -11,16 +11,15 @@ table["labels"]      # the folders that they lie in
 import sys
 from collections.abc import Sequence
 
-from effv2_jax import startup
-from effv2_jax.inference import command
-from effv2_jax.inference.pictures import find_pictures
+from effv2_jax import command, startup
+from effv2_jax.inference.pictures import add_picture_flags, find_pictures
 
 
 def _parser() -> command.Parser:
     parser = command.Parser(*__doc__.split("\n\n", 1))
     add = parser.add_argument
     add("weights", metavar="WEIGHTS", help="a .safetensors file, or NAME:WEIGHTS as released")
-    command.add_picture_flags(parser)
+    add_picture_flags(parser)
     add("--out", metavar="FILE", required=True, help="the .npz file")
     return parser
 
@@ -43,5 +42,10 @@ def _run(arguments: Sequence[str]) -> None:
     )
 
 
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command and returns its exit code."""
+    return command.exit_code(_run, arguments)
+
+
 if __name__ == "__main__":
-    sys.exit(command.exit_code(lambda: _run(sys.argv[1:])))
+    sys.exit(main(sys.argv[1:]))

@@ -6,29 +6,18 @@
 A checkpoint is the files OUT.index and OUT.data-00000-of-00001.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from effv2_jax.command import Parser, exit_code
 from effv2_jax.convert import tf_export
 from effv2_jax.convert.weights_file import load_weights
 from effv2_jax.errors import UserError
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises UserError where argparse would print its usage."""
-
-    def error(self, message: str) -> None:
-        raise UserError(f"{message}; --help shows the flags")
-
-
 def _run(arguments: Sequence[str]) -> None:
-    parser = _Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(*__doc__.split("\n\n", 1))
     add = parser.add_argument
     add("weights", metavar="WEIGHTS", help="a .safetensors file")
     add("out", metavar="OUT", help="the .npz file, or a checkpoint's prefix")
@@ -49,13 +38,8 @@ def _run(arguments: Sequence[str]) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the command and returns its exit code: 2 where the input is wrong."""
-    try:
-        _run(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Runs the command and returns its exit code."""
+    return exit_code(_run, arguments)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@
 tools/convert_timm.py reads the result back to exactly the same weights.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,24 +12,14 @@ from pathlib import Path
 import safetensors.numpy
 
 from effv2_jax.atomic import replacing
+from effv2_jax.command import Parser, exit_code
 from effv2_jax.convert import names_timm
 from effv2_jax.convert.weights_file import load_weights
 from effv2_jax.errors import UserError
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises UserError where argparse would print its usage."""
-
-    def error(self, message: str) -> None:
-        raise UserError(f"{message}; --help shows the flags")
-
-
 def _export(arguments: Sequence[str]) -> None:
-    parser = _Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(*__doc__.split("\n\n", 1))
     parser.add_argument("weights", metavar="WEIGHTS", help="a weights file of ours")
     parser.add_argument("out", metavar="OUT", help="the .safetensors file to write")
     flags = parser.parse_args(arguments)
@@ -61,13 +50,8 @@ def _advice(name: str | None, num_classes: int, info: dict) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the command and returns its exit code: 2 where the input is wrong."""
-    try:
-        _export(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Runs the command and returns its exit code."""
+    return exit_code(_export, arguments)
 
 
 if __name__ == "__main__":

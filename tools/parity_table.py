@@ -7,17 +7,18 @@ Deviations are relative: logits to the standard deviation of the official logits
 of the difference), endpoints as in tests/reference.py, the largest of all. L2 takes 8 GB of memory.
 """
 
-import argparse
 import functools
 import pathlib
 import sys
 import time
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+from effv2_jax.command import Parser, exit_code
 from effv2_jax.models.lowering import IMPLEMENTATIONS
 from effv2_jax.models.network import create_model
 from effv2_jax.models.variants import list_models
@@ -41,12 +42,11 @@ def deviations(name: str, *, lowering: str) -> dict[str, tuple[float, float]]:
     return out
 
 
-def main() -> int:
-    """Runs the command; returns its exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def _run(arguments: Sequence[str]) -> None:
+    parser = Parser(__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", default=list_models())
     parser.add_argument("--lowering", choices=IMPLEMENTATIONS, default="auto")
-    flags = parser.parse_args()
+    flags = parser.parse_args(arguments)
     print("| model | parameters | square 128x128 | rect 94x133 | full | worst endpoint | s |")
     print("|---|---|---|---|---|---|---|")
     for name in flags.names:
@@ -62,8 +62,12 @@ def main() -> int:
             flush=True,
         )
         jax.clear_caches()
-    return 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command and returns its exit code."""
+    return exit_code(_run, arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

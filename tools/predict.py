@@ -12,9 +12,8 @@ everything else to standard error.
 import sys
 from collections.abc import Sequence
 
-from effv2_jax import startup
-from effv2_jax.inference import command
-from effv2_jax.inference.pictures import find_pictures
+from effv2_jax import command, startup
+from effv2_jax.inference.pictures import add_picture_flags, find_pictures
 from effv2_jax.report.contact_sheet import FORMATS
 
 
@@ -22,7 +21,7 @@ def _parser() -> command.Parser:
     parser = command.Parser(*__doc__.split("\n\n", 1))
     add = parser.add_argument
     add("weights", metavar="WEIGHTS", help="a .safetensors file, or NAME:WEIGHTS as released")
-    command.add_picture_flags(parser)
+    add_picture_flags(parser)
     add("--top-k", type=command.positive, default=5, metavar="K", help="classes told; default: 5")
     add("--format", choices=("table", "json", "csv"), default="table", help="default: table")
     add("--out", metavar="FILE", help="write the results there instead of to standard output")
@@ -63,5 +62,10 @@ def _run(arguments: Sequence[str]) -> None:
     )
 
 
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command and returns its exit code."""
+    return command.exit_code(_run, arguments)
+
+
 if __name__ == "__main__":
-    sys.exit(command.exit_code(lambda: _run(sys.argv[1:])))
+    sys.exit(main(sys.argv[1:]))

@@ -5,13 +5,10 @@ command of it. Nothing is skipped silently: every tensor of the source is either
 result or counted in `left_out`.
 """
 
-import argparse
 import dataclasses
 import hashlib
 import json
 import os
-import signal
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from effv2_jax.command import Parser, exit_code
 from effv2_jax.convert.comparison import flatten
 from effv2_jax.convert.weights_file import save_weights
 from effv2_jax.data.kinds import EXPECTED, describe, is_kind
@@ -184,21 +182,7 @@ def command(
       flags: more flags, "--ema" -> arguments of argparse, given to `convert` by their names.
       known_model: raises UserError for a name of --model that `convert` does not know.
     """
-    try:
-        _run(arguments, description, convert, forward, dict(flags or {}), known_model)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    return 0
-
-
-class _Parser(argparse.ArgumentParser):
-    """Raises UserError where argparse would print its usage."""
-
-    def error(self, message: str) -> None:
-        raise UserError(f"{message}; --help shows the flags")
+    return exit_code(_run, arguments, description, convert, forward, dict(flags or {}), known_model)
 
 
 def _run(
@@ -209,11 +193,7 @@ def _run(
     flags: dict[str, Mapping[str, Any]],
     known_model: Callable[[str], Any],
 ) -> None:
-    parser = _Parser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(*description.split("\n\n", 1))
     add = parser.add_argument
     add("source", metavar="IN", help="weights of the other framework")
     add("out", metavar="OUT", help="the .safetensors file to write")

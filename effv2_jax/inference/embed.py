@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from effv2_jax.command import say, written
 from effv2_jax.errors import UserError
-from effv2_jax.inference.command import say, written
 from effv2_jax.inference.forward import forward
 from effv2_jax.inference.pictures import folder_name
 from effv2_jax.inference.progress import Progress

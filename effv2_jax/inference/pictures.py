@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import BinaryIO
 
+from effv2_jax.command import Parser, positive
 from effv2_jax.data.sources_folder import EXTENSIONS, find_images
 from effv2_jax.errors import UserError
 
@@ -15,6 +16,19 @@ _LISTED = 8  # problems named before "and N more"
 
 # How files begin that somebody may pipe in instead of their names.
 _IMAGE_STARTS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
+
+
+def add_picture_flags(parser: Parser) -> None:
+    """Adds what every command over pictures takes."""
+    add = parser.add_argument
+    add("pictures", metavar="IMAGE", nargs="+",
+        help="file, folder (all below it), pattern in quotes, or - for names on standard input, "
+        "one a line")  # fmt: skip
+    add("--image-size", type=positive, metavar="N", help="px; default: as the weights say")
+    add("--batch-size", type=positive, default=32, metavar="N", help="default: 32")
+    add("--on-corrupt", choices=("error", "skip"), default="error",
+        help="a file that is no picture: stop (default), or tell it and leave it out")  # fmt: skip
+    add("--no-tune", action="store_true", help="leave allocator and XLA flags as they are")
 
 
 def find_pictures(arguments: Sequence[str], *, stdin: BinaryIO | None = None) -> list[str]:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from effv2_jax.command import say, write_text, written
 from effv2_jax.data.imagenet import readable
 from effv2_jax.errors import UserError
-from effv2_jax.inference.command import say, write_text, written
 from effv2_jax.inference.forward import BatchProgram, forward
 from effv2_jax.inference.grad_cam import DEFAULT_LAYER, check_layer, heat_maps
 from effv2_jax.inference.pictures import folder_name

@@ -7,12 +7,12 @@ Everything is computed from the table of architectures, without building a netwo
 numbers equal to those of the built networks and of the official code.
 """
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
+from effv2_jax.command import Parser, exit_code
 from effv2_jax.errors import UserError
 from effv2_jax.models.block_spec import BlockSpec, expand_blocks, round_channels
 from effv2_jax.models.variants import get_variant, list_models
@@ -226,31 +226,30 @@ def format_all() -> str:
     return _table(head, body, left=1)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
-    parser = argparse.ArgumentParser(
+def _run(arguments: Sequence[str]) -> None:
+    parser = Parser(
+        "Stages, shapes, parameters and multiply-adds of a network.",
         prog="python -m effv2_jax.models.summary",
-        description="Stages, shapes, parameters and multiply-adds of a network.",
     )
     parser.add_argument("name", nargs="?", help="a model, e.g. efficientnetv2-s")
     parser.add_argument("--image-size", type=int, help="pixels; default: the evaluation size")
     parser.add_argument("--all", action="store_true", help="compare all models")
     flags = parser.parse_args(arguments)
-    try:
-        if flags.all:
-            print(format_all())
-        elif flags.name is None:
-            raise UserError("no model given: name one (e.g. efficientnetv2-s), or use --all")
-        else:
-            variant = get_variant(flags.name)
-            size = variant.eval_size if flags.image_size is None else flags.image_size
-            rows = summarize(variant, image_size=size)
-            print(format_summary(flags.name, rows, image_size=size))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    if flags.all:
+        print(format_all())
+    elif flags.name is None:
+        raise UserError("no model given: name one (e.g. efficientnetv2-s), or use --all")
+    else:
+        variant = get_variant(flags.name)
+        size = variant.eval_size if flags.image_size is None else flags.image_size
+        rows = summarize(variant, image_size=size)
+        print(format_summary(flags.name, rows, image_size=size))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command and returns its exit code."""
+    return exit_code(_run, arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

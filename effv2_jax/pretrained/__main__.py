@@ -7,29 +7,16 @@ Prints the path of the converted file. Every command that takes WEIGHTS fetches 
 for machines that will have no access later. Exit codes: 0 done, 2 the input is wrong.
 """
 
-import argparse
-import signal
 import sys
-from typing import NoReturn
 
+from effv2_jax.command import Parser, exit_code
 from effv2_jax.errors import UserError
 from effv2_jax.pretrained import cache as caches
 from effv2_jax.pretrained import released
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises UserError where argparse would print its usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help shows the flags")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="python -m effv2_jax.pretrained",
-        description="Lists the released weights, or fetches some into the cache.",
-        allow_abbrev=False,
-    )
+def _parser() -> Parser:
+    parser = Parser(*__doc__.split("\n\n", 1), prog="python -m effv2_jax.pretrained")
     add = parser.add_argument
     add("weights", nargs="*", metavar="NAME:WEIGHTS", help="what to fetch; several are allowed")
     add("--list", action="store_true", help="list all that were released, and what is there")
@@ -81,14 +68,7 @@ def run(arguments: list[str]) -> None:
 
 def main() -> int:
     """Runs the command and returns its exit code."""
-    try:
-        run(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    return 0
+    return exit_code(run, sys.argv[1:])
 
 
 if __name__ == "__main__":

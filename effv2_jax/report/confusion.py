@@ -6,7 +6,6 @@ Few classes: the matrix, a row per true class, with all counts. Many: where the 
 classes most often confused, and how the accuracies of the classes are spread.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from effv2_jax.atomic import replacing
+from effv2_jax.command import Parser, exit_code
 from effv2_jax.errors import UserError
 
 _FEW = 40  # up to so many classes the whole matrix is legible
@@ -191,22 +191,19 @@ def _style(axis: Axes, *, size: float = 9) -> None:
         side.set_color("#aab3bf")
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Runs the command; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m effv2_jax.report.confusion",
-        description="Draws the confusions of an evaluation.",
-        allow_abbrev=False,
+def _run(arguments: Sequence[str]) -> None:
+    parser = Parser(
+        "Draws the confusions of an evaluation.", prog="python -m effv2_jax.report.confusion"
     )
     parser.add_argument("file", help="the eval.json of an evaluation")
     parser.add_argument("--out", help="the picture; default: confusion.png beside the file")
     flags = parser.parse_args(arguments)
-    try:
-        print(draw_confusion(flags.file, out=flags.out))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    print(draw_confusion(flags.file, out=flags.out))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command and returns its exit code."""
+    return exit_code(_run, arguments)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ One run: loss, top-1 and learning rate over the epochs, with the stages shaded a
 their image size. Several runs: the same, a colour for each.
 """
 
-import argparse
 import dataclasses
 import itertools
 import math
@@ -22,6 +21,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
 from effv2_jax.atomic import replacing
+from effv2_jax.command import Parser, exit_code
 from effv2_jax.errors import UserError
 from effv2_jax.report.run import Run, read_run
 
@@ -328,23 +328,22 @@ def _running_mean(values: Sequence[float], *, window: int) -> list[float]:
     ]
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Runs the command; returns its exit code."""
-    parser = argparse.ArgumentParser(
+def _run(arguments: Sequence[str]) -> None:
+    parser = Parser(
+        "Draws learning curves; several workdirs are drawn over each other.",
         prog="python -m effv2_jax.report.curves",
-        description="Draws learning curves; several workdirs are drawn over each other.",
     )
     parser.add_argument("workdir", nargs="+", help="folder of a run")
     parser.add_argument("--out", help="the picture; default: curves.png in the only workdir")
     flags = parser.parse_args(arguments)
-    try:
-        if flags.out is None and len(flags.workdir) > 1:
-            raise UserError("several workdirs: say with --out FILE.png where the picture goes")
-        print(plot_curves(flags.workdir, out=flags.out))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    if flags.out is None and len(flags.workdir) > 1:
+        raise UserError("several workdirs: say with --out FILE.png where the picture goes")
+    print(plot_curves(flags.workdir, out=flags.out))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command and returns its exit code."""
+    return exit_code(_run, arguments)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ def evaluation_steps(
 ) -> frozenset[int]:
     """Returns after which steps to evaluate: every so many epochs, and at each stage's end.
 
-    An evaluation less than a quarter of the distance from a stage's end is left out.
+    An evaluation less than a quarter of the distance from a stage's start or end, where one is made
+    anyway, is left out: two are at most one and a half distances apart.
 
     Args:
         stages: of the run.

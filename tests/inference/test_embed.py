@@ -11,7 +11,6 @@ from effv2_jax.convert.weights_file import load_weights
 from effv2_jax.data.decode import decode
 from effv2_jax.data.kinds import get_kind
 from effv2_jax.data.preprocess import evaluation_image
-from effv2_jax.inference import command
 from tests.data.pictures import class_folders
 from tests.inference.networks import SIZE, write_weights
 
@@ -23,7 +22,7 @@ def embed():
     specification = importlib.util.spec_from_file_location("embed", TOOLS / "embed.py")
     tool = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(tool)
-    return lambda *a: command.exit_code(lambda: tool._run([*map(str, a), "--no-tune"]))
+    return lambda *a: tool.main([*map(str, a), "--no-tune"])
 
 
 def test_features_are_the_pooled_ones_of_each_picture(embed, tmp_path, capsys):

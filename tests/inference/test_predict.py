@@ -17,7 +17,6 @@ from effv2_jax.data import imagenet
 from effv2_jax.data.decode import decode
 from effv2_jax.data.kinds import get_kind
 from effv2_jax.data.preprocess import evaluation_image
-from effv2_jax.inference import command
 from effv2_jax.inference.predictions import Answer, Prediction, as_table, best_classes
 from effv2_jax.inference.weights import Weights, open_for_use
 from tests.data.pictures import encode, photograph, real_data, write_tree
@@ -35,7 +34,7 @@ def predict(monkeypatch, capsys):
 
     def run(*arguments):
         arguments = [str(argument) for argument in arguments]
-        code = command.exit_code(lambda: tool._run([*arguments, "--no-tune"]))
+        code = tool.main([*arguments, "--no-tune"])
         return code, *capsys.readouterr()
 
     return run

@@ -75,3 +75,10 @@ def test_augmentation_is_measured_per_operation():
     assert done.returncode == 0, done.stderr
     rows = {line.split("|")[1].strip() for line in done.stdout.splitlines() if line[:1] == "|"}
     assert {"Rotate", "Equalize", "RandAugment(2)", "AutoAugment", "mixup", "cutmix"} <= rows
+
+
+def test_every_part_of_the_input_pipeline_is_measured():
+    done = _benchmark("input", "--seconds", "0.01", "--sizes", "32", "--batch-size", "8")
+    assert done.returncode == 0, done.stderr
+    for part in ("read", "decode, pillow", "crop and resize to 32", "transfer of 32 px", "loader"):
+        assert part in done.stdout

@@ -111,7 +111,7 @@ def test_evaluations_are_at_epochs_and_at_ends_of_stages():
     every=st.floats(0.05, 3),
     batches=st.lists(st.integers(1, 9), min_size=1, max_size=4),
 )
-def test_evaluations_are_at_most_a_quarter_late(num_examples, epochs, every, batches):
+def test_evaluations_are_at_most_half_a_distance_late(num_examples, epochs, every, batches):
     try:
         stages = plan_stages(
             num_examples=num_examples, batch_size=batches[0], epochs=epochs, image_size=32,
@@ -125,7 +125,8 @@ def test_evaluations_are_at_most_a_quarter_late(num_examples, epochs, every, bat
     for stage in stages:
         marks = sorted({s for s in steps if stage.start_step < s <= stage.end_step})
         assert marks[-1] == stage.end_step
-        # A quarter, and a batch since an epoch may end within a step, is the most it can be late.
+        # A quarter is left out behind the start and one before the end, at most; and a batch, since
+        # an epoch may end within a step.
         seen = [stage.start_step, *marks]
         gaps = [(b - a) * stage.batch_size for a, b in itertools.pairwise(seen)]
-        assert max(gaps) <= 1.25 * every * num_examples + stage.batch_size
+        assert max(gaps) <= 1.5 * every * num_examples + stage.batch_size

@@ -1,12 +1,13 @@
-"""What the commands of this package share: their parser, their exit codes, their words."""
+"""What all commands share: their parser, their exit codes, and how they write results."""
 
 import argparse
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from effv2_jax.atomic import replacing
 from effv2_jax.errors import UserError
@@ -15,8 +16,9 @@ from effv2_jax.errors import UserError
 class Parser(argparse.ArgumentParser):
     """Takes no abbreviations, and raises UserError where argparse prints its usage."""
 
-    def __init__(self, description: str, epilog: str = "") -> None:
+    def __init__(self, description: str, epilog: str = "", *, prog: str | None = None) -> None:
         super().__init__(
+            prog=prog,
             description=description,
             epilog=epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -28,19 +30,6 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help shows the flags")
 
 
-def add_picture_flags(parser: Parser) -> None:
-    """Adds what every command over pictures takes."""
-    add = parser.add_argument
-    add("pictures", metavar="IMAGE", nargs="+",
-        help="file, folder (all below it), pattern in quotes, or - for names on standard input, "
-        "one a line")  # fmt: skip
-    add("--image-size", type=positive, metavar="N", help="px; default: as the weights say")
-    add("--batch-size", type=positive, default=32, metavar="N", help="default: 32")
-    add("--on-corrupt", choices=("error", "skip"), default="error",
-        help="a file that is no picture: stop (default), or tell it and leave it out")  # fmt: skip
-    add("--no-tune", action="store_true", help="leave allocator and XLA flags as they are")
-
-
 def positive(text: str) -> int:
     """The type of a flag that is a number from 1 on."""
     if not text.isdecimal() or int(text) < 1:
@@ -48,16 +37,20 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def exit_code(command: Callable[[], None]) -> int:
-    """Runs a command: 0 done, 2 the input is wrong (one line on standard error)."""
+def exit_code(command: Callable[..., None], *arguments: Any) -> int:
+    """Runs a command and returns its exit code.
+
+    Returns:
+        0 done; 2 the input is wrong (one line on standard error, no traceback); 130 interrupted.
+    """
     try:
-        command()
+        command(*arguments)
         sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        return 130  # 128 + SIGINT, as shells have it
+        return 128 + signal.SIGINT  # as shells have it
     except BrokenPipeError:  # the reader, `head` for example, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
