@@ -4,52 +4,39 @@
     python tools/benchmark.py step --lowering plain,cpu        # compared in turns: A B A B ...
     python tools/benchmark.py input                            # reading, decoding, resizing
     python tools/benchmark.py augment                          # every operation on the device
-    python tools/benchmark.py COMMAND --help
+    python tools/benchmark.py PART --help
 
 To measure on one core, bind the process to it: `taskset -c 1 python tools/benchmark.py step`.
 """
 
+import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from effv2_jax import startup
 from effv2_jax.command import exit_code
 from effv2_jax.errors import UserError
 
-
-def _step(arguments: Sequence[str]) -> None:
-    import benchmark_step  # the folder of this script is on Python's path
-
-    benchmark_step.run(arguments)
-
-
-def _input(arguments: Sequence[str]) -> None:
-    import benchmark_input
-
-    benchmark_input.run(arguments)
-
-
-def _augment(arguments: Sequence[str]) -> None:
-    print(startup.tune(sys.argv), flush=True)  # before JAX is imported
-    import benchmark_augment
-
-    benchmark_augment.run(arguments)
-
-
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    "step": _step,
-    "input": _input,
-    "augment": _augment,
+# Part -> its module, beside this file; each has `run(arguments)`.
+PARTS = {
+    "step": "benchmarks.step",
+    "input": "benchmarks.input",
+    "augment": "benchmarks.augment",
 }
+
+# Parts that compute in this process, with the process settings of the commands.
+TUNED = ("augment",)
 
 
 def _run(arguments: Sequence[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return
-    if arguments[0] not in COMMANDS:
-        raise UserError(f"unknown command {arguments[0]!r}: expected {', '.join(COMMANDS)}")
-    COMMANDS[arguments[0]](arguments[1:])
+    if arguments[0] not in PARTS:
+        raise UserError(f"unknown part {arguments[0]!r}: expected {', '.join(PARTS)}")
+    if arguments[0] in TUNED:
+        print(startup.tune(sys.argv), flush=True)  # before the module imports JAX
+    importlib.import_module(PARTS[arguments[0]]).run(arguments[1:])
 
 
 def main(arguments: Sequence[str]) -> int:

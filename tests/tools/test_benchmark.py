@@ -51,7 +51,7 @@ def test_variants_are_measured_in_turns_and_every_number_is_written(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("stap",), "unknown command 'stap'"),
+        (("stap",), "unknown part 'stap'"),
         (("step", "--model", "efficientnetv2-x"), "efficientnetv2-x"),
         (("step", "--batch", "8,many"), "'8,many'"),
         (("step", "--batch", "0"), "--batch is 0"),
