@@ -152,9 +152,21 @@ _PATTERNS = ("train.weight_decay_exclude", "init.freeze")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Returns " (nearest: X)" for the known word most like `word`, or "" when none is alike."""
-    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" (nearest: {matches[0]})" if matches else ""
+    """Returns " (nearest: X)" for the known word most like `word`, or "" when none is alike.
+
+    A word that is part of known ones, such as mixup, stands for those if none is much alike.
+    """
+    known = list(known)
+    last = word.rpartition(".")[2]
+    ends = [name.rpartition(".")[2] for name in known]
+    same = [name for name, end in zip(known, ends, strict=True) if end == last]
+    longer = [n for n, end in zip(known, ends, strict=True) if len(last) > 3 and last in end]
+    matches = (
+        difflib.get_close_matches(word, known, n=1, cutoff=0.8)
+        or (same or longer)[:3]
+        or difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    )
+    return f" (nearest: {', '.join(matches)})" if matches else ""
 
 
 def keys(config: ConfigDict) -> dict[str, Any]:

@@ -279,7 +279,7 @@ def test_override_is_read_as_the_type_of_its_key(key, text, value):
     ("key", "text", "says"),
     [
         ("train.epoch", "5", "unknown key --config.train.epoch (nearest: train.epochs)"),
-        ("epochs", "5", "unknown key --config.epochs (nearest: train.epochs)"),
+        ("epochs", "5", "unknown key --config.epochs (nearest: progressive.epochs, train.epochs)"),
         ("train.batch_size", "4.5", "--config.train.batch_size=4.5: expected a whole number"),
         ("train.batch_size", "none", "expected a whole number"),
         ("model.remat", "maybe", "expected true or false"),
@@ -311,6 +311,13 @@ def test_any_override_is_taken_or_refused_in_words(key, text):
     except UserError as error:
         said = str(error)
     assert not said or key.split(".")[1] in said
+
+
+def test_nearest_of_a_part_is_the_words_that_it_is_part_of():
+    known = keys(base_config())
+    found = " (nearest: progressive.mixup_alpha, progressive.mixup_alphas)"
+    assert nearest("train.mixup", known) == found
+    assert nearest("train.epoch", known) == " (nearest: train.epochs)"
 
 
 def test_nearest_says_nothing_when_nothing_is_alike():

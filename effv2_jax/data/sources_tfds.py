@@ -8,6 +8,7 @@ data set and for split expressions such as "train[:90%]") and `array_record`.
 import contextlib
 import difflib
 import importlib.util
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,6 +97,18 @@ def _user_errors(what: str) -> Iterator[None]:
         raise UserError(f"{what}: {type(error).__name__}: {reason}") from error
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps warnings of TFDS off the terminal."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _prepared_builder(name: str, data_dir: str) -> Any:
     """The TFDS builder of a data set that is prepared as ArrayRecord, prepared here if possible."""
     import tensorflow_datasets as tfds
@@ -103,7 +116,8 @@ def _prepared_builder(name: str, data_dir: str) -> Any:
     command = _prepare_command(name, data_dir)
     with _user_errors(f"data.name: cannot open the TFDS data set {name!r}"):
         try:
-            builder = tfds.builder(name, data_dir=data_dir)
+            with _quiet():  # an empty folder is told below, as an error
+                builder = tfds.builder(name, data_dir=data_dir)
         except tfds.core.DatasetNotFoundError as error:
             # The names are read from the message: TFDS lists them only with TensorFlow.
             known = re.findall(r"^\s*- (\w+)", str(error), re.MULTILINE)
