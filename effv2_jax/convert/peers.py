@@ -1,20 +1,59 @@
 """The other frameworks' own networks with converted weights, where they are installed.
 
-For --check-parity and for the tests: the source's tensors, under its names, go into its own network
-and a forward pass runs there. Nothing of this is needed to convert.
+For --check-parity, tools/convert_parity.py and the tests: the source's tensors, under its names, go
+into its own network and a forward pass runs there. Nothing of this is needed to convert.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from effv2_jax.convert import names_keras, names_timm, names_torchvision
-from effv2_jax.convert.conversion import Conversion, Forward
+from effv2_jax.convert.comparison import expected, nest
+from effv2_jax.convert.conversion import Conversion, Forward, default_info
 from effv2_jax.convert.mapping import from_variables
+from effv2_jax.convert.source import Source
 from effv2_jax.errors import UserError
+from effv2_jax.models.network import create_model
 
+_RANDOM_SIZE = 128  # px: every padding of a stride shows, and the largest networks fit in memory
 _COUNTER = "num_batches_tracked"  # PyTorch sets it itself where a state dict lacks it
+
+
+def random_conversion(source: Source) -> Conversion:
+    """Returns a network with random weights as if converted, for comparisons without a file.
+
+    No bias, scale or statistic is 0 or 1, so that none can be left out unnoticed.
+
+    Args:
+      source: which network.
+    """
+    model = create_model(source.model, 1000, **source.overrides)
+    rng = np.random.default_rng(0)
+
+    def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if name in ("scale", "var"):
+            return rng.uniform(0.6, 1.4, shape).astype(np.float32)
+        if name == "kernel":  # fan-in: activations neither grow nor vanish
+            value = rng.standard_normal(shape, np.float32)
+            return value / np.float32(math.sqrt(math.prod(shape[:-1])))
+        return rng.normal(0, 0.1, shape).astype(np.float32)
+
+    tensors = {path: draw(path.split("/")[-1], shape)
+               for path, (_, shape) in expected(model).items()}  # fmt: skip
+    info = default_info(
+        source.model, framework="random", file="none", sha256=None, image_size=_RANDOM_SIZE
+    )
+    return Conversion(
+        model=model,
+        variables=nest(tensors),
+        info=info,
+        num_read=len(tensors),
+        left_out={},
+        seconds=0.0,
+    )
 
 
 def timm_forward(_: str) -> Forward:

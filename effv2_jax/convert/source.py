@@ -12,7 +12,8 @@ from effv2_jax.convert.mapping import TensorName, to_variables
 from effv2_jax.convert.torch_weights import TorchWeights, read_torch_weights
 from effv2_jax.errors import UserError
 from effv2_jax.models.network import EfficientNet, create_model
-from effv2_jax.models.variants import RELEASED_V1_B3
+from effv2_jax.models.summary import summarize, totals
+from effv2_jax.models.variants import RELEASED_V1_B3, get_variant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,18 @@ def find_source(name: str, sources: Sequence[Source]) -> Source:
     known = [*names, *(source.name for source in sources), *(source.model for source in sources)]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
     raise UserError(f"--model {name}: did you mean {near}? Known: {', '.join(names)}")
+
+
+def source_per_network(sources: Sequence[Source]) -> list[Source]:
+    """Returns the first source of every network, the networks with few multiply-adds first."""
+    seen: dict[str, Source] = {}
+    for source in sources:
+        seen.setdefault(source.model, source)
+
+    def multiply_adds(source: Source) -> int:
+        return totals(summarize(get_variant(source.model), image_size=128))[-1]
+
+    return sorted(seen.values(), key=multiply_adds)
 
 
 def resolve(
@@ -120,6 +133,7 @@ def from_torch(
         framework=framework,
         file=path,
         sha256=sha256_of(path),
+        num_classes=found,
         weights=weights.weights,
         image_size=image_size,
         preprocessing=preprocessing,

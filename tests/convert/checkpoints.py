@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from effv2_jax.convert.bundle_writer import write_bundle
 from effv2_jax.convert.checkpoint_files import CheckpointFiles, Extent
 from effv2_jax.models.network import EfficientNet, create_model
 from tests import reference
@@ -47,6 +48,29 @@ def content(name: str) -> tuple[bytes, ...]:
     folder = FOLDER / name
     (index,) = folder.glob("*.index")
     return index.read_bytes(), *(path.read_bytes() for path in sorted(folder.glob("*.data-*")))
+
+
+def write_released(name: str, prefix: Path, *, weights: str) -> dict[str, np.ndarray]:
+    """Writes the reference weights of an official network as its released checkpoint has them.
+
+    The other kind, raw variables or averages, is there too, with other values.
+
+    Args:
+      name: of the network.
+      prefix: of the checkpoint.
+      weights: "raw" or "ema": where the reference's values are.
+
+    Returns:
+      The reference's values by official name.
+    """
+    values = reference.make_all(reference.model_facts(name)["variables"])
+    tensors = {}
+    for kind, suffix in (("raw", ""), ("ema", "/ExponentialMovingAverage")):
+        for key, value in values.items():
+            half = np.float32(1 if kind == weights else 0.5)
+            tensors[f"{name}/{key}{suffix}"] = value * half
+    write_bundle(prefix, tensors)
+    return values
 
 
 def copy(name: str, folder: Path) -> Path:

@@ -1,22 +1,20 @@
 """Against the real Keras, timm and torchvision, where they are installed.
 
-python -m pytest tests/convert/test_peers.py -s    # prints the largest deviation of each
+`python tools/convert_parity.py timm` (torchvision, keras) prints the deviations as a table.
 """
 
 import math
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from effv2_jax.convert import names_keras, names_timm, names_torchvision, peers
-from effv2_jax.convert.conversion import Conversion, default_info, parity
+from effv2_jax.convert.conversion import parity
 from effv2_jax.convert.mapping import expected_there
+from effv2_jax.convert.source import source_per_network
 from effv2_jax.data.kinds import get_kind
 from effv2_jax.models.network import create_model, init_variables
-from effv2_jax.models.summary import summarize, totals
-from effv2_jax.models.variants import get_variant
 
 pytestmark = pytest.mark.slow
 
@@ -24,63 +22,28 @@ pytestmark = pytest.mark.slow
 TOLERANCE = 2e-5
 
 
-def _first(module):
-    """One source per network, the small networks first."""
-    seen = {}
-    for source in module.SOURCES:
-        seen.setdefault(source.model, source)
-    return sorted(seen.values(), key=_multiply_adds)
-
-
-def _multiply_adds(source) -> int:
-    return totals(summarize(get_variant(source.model), image_size=128))[-1]
-
-
 def _id(source) -> str:
     return source.name.split(".")[0]
 
 
-def _random(source) -> Conversion:
-    """Weights with statistics and scales that are neither 0 nor 1."""
-    model = create_model(source.model, 1000, **source.overrides)
-    rng = np.random.default_rng(0)
-
-    def draw(path, leaf):
-        value, name = np.asarray(leaf), path[-1].key
-        if name in ("scale", "var"):
-            return rng.uniform(0.6, 1.4, value.shape).astype(np.float32)
-        if name == "kernel":  # fan-in: activations neither grow nor vanish
-            return (value / value.std() / math.sqrt(math.prod(value.shape[:-1]))).astype(np.float32)
-        return rng.normal(0, 0.1, value.shape).astype(np.float32)
-
-    variables = jax.tree_util.tree_map_with_path(draw, init_variables(model, 0))
-    count = len(jax.tree.leaves(variables))
-    info = default_info(source.model, framework="test", file="random", sha256=None)
-    info["image_size"] = 128
-    return Conversion(
-        model=model, variables=variables, info=info, num_read=count, left_out={}, seconds=0.0
-    )
-
-
 def _check(source, forward):
-    deviation = parity(_random(source), forward)
-    print(f"\n{source.name:32} {deviation:.1e}")
+    deviation = parity(peers.random_conversion(source), forward)
     assert deviation < TOLERANCE
 
 
-@pytest.mark.parametrize("source", _first(names_timm), ids=_id)
+@pytest.mark.parametrize("source", source_per_network(names_timm.SOURCES), ids=_id)
 def test_logits_equal_those_of_timm(source):
     pytest.importorskip("timm", reason="compares with timm")
     _check(source, peers.timm_forward(""))
 
 
-@pytest.mark.parametrize("source", _first(names_torchvision), ids=_id)
+@pytest.mark.parametrize("source", source_per_network(names_torchvision.SOURCES), ids=_id)
 def test_logits_equal_those_of_torchvision(source):
     pytest.importorskip("torchvision", reason="compares with torchvision")
     _check(source, peers.torchvision_forward(""))
 
 
-@pytest.mark.parametrize("source", _first(names_keras), ids=_id)
+@pytest.mark.parametrize("source", source_per_network(names_keras.SOURCES), ids=_id)
 def test_logits_equal_those_of_keras(source):
     pytest.importorskip("keras", reason="compares with Keras")
     _check(source, peers.keras_forward(""))
@@ -107,7 +70,7 @@ def _ours(module, source):
     return {name: shape for name, (_, shape) in expected.items()}, model
 
 
-@pytest.mark.parametrize("source", _first(names_timm), ids=_id)
+@pytest.mark.parametrize("source", source_per_network(names_timm.SOURCES), ids=_id)
 def test_names_shapes_norms_and_preprocessing_are_those_of_timm(source):
     timm = pytest.importorskip("timm", reason="compares with timm")
     import torch
@@ -129,7 +92,7 @@ def test_names_shapes_norms_and_preprocessing_are_those_of_timm(source):
     assert f"{default.architecture}.{default.tag}" == source.name
 
 
-@pytest.mark.parametrize("source", _first(names_torchvision), ids=_id)
+@pytest.mark.parametrize("source", source_per_network(names_torchvision.SOURCES), ids=_id)
 def test_names_shapes_norms_and_preprocessing_are_those_of_torchvision(source):
     torchvision = pytest.importorskip("torchvision", reason="compares with torchvision")
     import torch

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from effv2_jax import UserError, list_models
+from effv2_jax import UserError
 from effv2_jax.convert import generations, tf_checkpoint
 from effv2_jax.convert.bundle_writer import write_bundle
 from effv2_jax.convert.checkpoint_files import find
@@ -227,43 +227,29 @@ def test_two_networks_and_two_tensors_for_one_variable_are_told():
         generations.by_name(["a/head/x", "a/head_1/x"], where="here")
 
 
-def released(name: str, folder) -> dict[str, dict[str, np.ndarray]]:
-    """Writes a network of the reference as a released archive; returns what is in it."""
-    values = reference.make_all(reference.model_facts(name)["variables"])
-    kinds = {"raw": {key: value * 0.5 for key, value in values.items()}, "ema": values}
-    suffix = {"raw": "", "ema": "/ExponentialMovingAverage"}
-    write_bundle(
-        folder / "model",
-        {f"{name}/{k}{suffix[kind]}": v for kind, found in kinds.items() for k, v in found.items()},
-    )
-    with tarfile.open(folder / f"{name}.tgz", "w:gz", compresslevel=1) as tar:
-        for path in sorted(folder.glob("model.*")):
-            tar.add(path, f"{name}/{path.name}")
-        tar.addfile(tarfile.TarInfo(f"{name}/checkpoint"), io.BytesIO())
-    return kinds
-
-
 @pytest.mark.parametrize("weights", ["raw", "ema"])
 def test_a_released_archive_of_b0_gives_every_value(tmp_path, weights):
-    kinds = released("efficientnetv2-b0", tmp_path)
-    path = tmp_path / "efficientnetv2-b0.tgz"
-    conversion = tf_checkpoint.convert(path, model="efficientnetv2-b0", ema=weights)
+    name = "efficientnetv2-b0"
+    values = checkpoints.write_released(name, tmp_path / "model", weights=weights)
+    with tarfile.open(tmp_path / f"{name}.tgz", "w:gz", compresslevel=1) as tar:
+        for path in sorted(tmp_path.glob("model.*")):
+            tar.add(path, f"{name}/{path.name}")
+        tar.addfile(tarfile.TarInfo(f"{name}/checkpoint"), io.BytesIO())
+    conversion = tf_checkpoint.convert(tmp_path / f"{name}.tgz", model=name, ema=weights)
     found = official(conversion)
-    assert set(found) == set(kinds[weights])
-    for key, value in kinds[weights].items():
+    assert set(found) == set(values)
+    for key, value in values.items():
         np.testing.assert_array_equal(found[key], value, err_msg=key)
     assert conversion.info["preprocessing"]["kind"] == "v1"
     assert conversion.info["image_size"] == 224
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [name for name in list_models() if name in reference.load_json("models.json")
-             and name not in ("efficientnetv2-xl", "efficientnet-b8", "efficientnet-l2")]
-)  # fmt: skip
-def test_released_networks_have_the_official_logits(tmp_path, name):
-    released(name, tmp_path)
-    conversion = tf_checkpoint.convert(tmp_path / "model", model=name, ema="ema")
+@pytest.mark.parametrize("weights", ["raw", "ema"])
+@pytest.mark.parametrize("name", reference.load_json("models.json"))  # L2: 8 GB of memory
+def test_released_networks_have_the_official_logits(tmp_path, name, weights):
+    checkpoints.write_released(name, tmp_path / "model", weights=weights)
+    conversion = tf_checkpoint.convert(tmp_path / "model", model=name, ema=weights)
     logits = jax.jit(conversion.model.apply)(
         conversion.variables, reference.model_input(name, "square")
     )
