@@ -4,6 +4,7 @@
     python tools/benchmark.py step --lowering plain,cpu        # compared in turns: A B A B ...
     python tools/benchmark.py input                            # reading, decoding, resizing
     python tools/benchmark.py augment                          # every operation on the device
+    python tools/benchmark.py compile-only h200                # counts what a step costs there
     python tools/benchmark.py PART --help
 
 To measure on one core, bind the process to it: `taskset -c 1 python tools/benchmark.py step`.
@@ -22,6 +23,7 @@ PARTS = {
     "step": "benchmarks.step",
     "input": "benchmarks.input",
     "augment": "benchmarks.augment",
+    "compile-only": "benchmarks.compile_only",
 }
 
 # Parts that compute in this process, with the process settings of the commands.
