@@ -20,6 +20,7 @@ import numpy as np
 from effv2_jax.command import Parser, exit_code
 from effv2_jax.convert.comparison import flatten
 from effv2_jax.convert.weights_file import save_weights
+from effv2_jax.data import imagenet
 from effv2_jax.data.kinds import EXPECTED, describe, is_kind
 from effv2_jax.errors import UserError
 from effv2_jax.models.network import EfficientNet, create_model
@@ -67,6 +68,7 @@ def default_info(
     framework: str,
     file: str | Path,
     sha256: str | None,
+    num_classes: int = 0,
     weights: str = "raw",
     image_size: int | None = None,
     preprocessing: Mapping[str, Any] | str | None = None,
@@ -78,6 +80,7 @@ def default_info(
       framework: of the source, e.g. "tensorflow".
       file: the source; its name is kept, not its folder.
       sha256: of the source.
+      num_classes: outputs; those of ImageNet are named.
       weights: "raw" or "ema".
       image_size: px, at which the weights are evaluated.
       preprocessing: a kind of data/preprocess.py, or {"kind", "mean", "std", "crop",
@@ -90,7 +93,7 @@ def default_info(
     return {
         "image_size": image_size,
         "preprocessing": dict(preprocessing),
-        "labels": None,
+        "labels": imagenet.labels(num_classes),
         "source": {
             "framework": framework,
             "file": Path(file).name,
@@ -157,9 +160,18 @@ def table(conversion: Conversion) -> str:
         "read": f"{conversion.num_read} tensors",
         "mapped": f"{len(leaves)} tensors, the {source['weights']} weights",
         "left out": left or "nothing",
+        "labels": _labels_told(model.num_classes, conversion.info["labels"]),
         **({"note": "; ".join(conversion.notes)} if conversion.notes else {}),
         "parameters": f"{sizes['params']:,} and {sizes['batch_stats']:,} moving statistics",
     })  # fmt: skip
+
+
+def _labels_told(num_classes: int, labels: Sequence[str] | None) -> str:
+    if labels is None:
+        return "unknown, told as numbers (--labels FILE)" if num_classes else "no classifier"
+    if tuple(labels) == imagenet.labels(num_classes):
+        return f"the {num_classes:,} of ImageNet, by their number (--labels FILE for others)"
+    return f"{len(labels)}: {', '.join(labels[:3])}{', ...' if len(labels) > 3 else ''}"
 
 
 def command(

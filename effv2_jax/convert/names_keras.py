@@ -106,6 +106,7 @@ def convert(
         framework="keras",
         file=path,
         sha256=sha256_of(path),
+        num_classes=found,
         image_size=image_size,
         preprocessing=kind,
     )

@@ -72,6 +72,7 @@ def convert(
         framework="tensorflow",
         file=path,
         sha256=sha256_of(*files.hashed),
+        num_classes=network.num_classes,
         weights=weights,
     )
     return Conversion(

@@ -48,7 +48,7 @@ def run(
         out: the file; it is complete or as it was.
         image_size: px; None: the size the weights are meant for.
         batch_size: pictures computed at a time.
-        skip_broken: leave out files that are no pictures, instead of stopping at the first.
+        skip_broken: leave out files that are no pictures, instead of naming them and stopping.
 
     Raises:
         UserError: the weights cannot be used, a picture is broken, or the file cannot be written.

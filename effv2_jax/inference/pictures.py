@@ -27,7 +27,7 @@ def add_picture_flags(parser: Parser) -> None:
     add("--image-size", type=positive, metavar="N", help="px; default: as the weights say")
     add("--batch-size", type=positive, default=32, metavar="N", help="default: 32")
     add("--on-corrupt", choices=("error", "skip"), default="error",
-        help="a file that is no picture: stop (default), or tell it and leave it out")  # fmt: skip
+        help="files that are no pictures: name all and stop (default), or leave out")  # fmt: skip
     add("--no-tune", action="store_true", help="leave allocator and XLA flags as they are")
 
 
@@ -59,11 +59,14 @@ def find_pictures(arguments: Sequence[str], *, stdin: BinaryIO | None = None) ->
             except UserError as error:
                 problems.append(str(error))
     if problems:
-        more = len(problems) - _LISTED
-        raise UserError(
-            "; ".join(problems[:_LISTED]) + (f"; and {more} more like these" if more > 0 else "")
-        )
+        raise UserError(listed(problems))
     return list(found)
+
+
+def listed(problems: Sequence[str]) -> str:
+    """Returns the problems as one line, of many the first ones and how many more there are."""
+    more = len(problems) - _LISTED
+    return "; ".join(problems[:_LISTED]) + (f"; and {more:,} more like these" if more > 0 else "")
 
 
 def natural_order(names: Iterable[str]) -> list[str]:

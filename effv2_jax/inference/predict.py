@@ -47,7 +47,7 @@ class Request:
         contact_sheet: picture of all pictures with their predictions, or None.
         attribution: folder of Grad-CAM overlays, or None.
         layer: of Grad-CAM, an endpoint of the network.
-        skip_broken: leave out files that are no pictures, instead of stopping at the first.
+        skip_broken: leave out files that are no pictures, instead of naming them and stopping.
         labels_subset: "", or "imagenet1k" for weights of ImageNet21k.
     """
 

@@ -12,6 +12,7 @@ from effv2_jax.data.decode import CorruptImageError, decode
 from effv2_jax.data.kinds import Kind
 from effv2_jax.data.preprocess import evaluation_box, evaluation_image
 from effv2_jax.errors import UserError
+from effv2_jax.inference.pictures import listed
 from effv2_jax.startup import usable_cores
 
 _VIEW = 480  # px of a view's longer side
@@ -66,7 +67,7 @@ class PictureReader:
         image_size: px.
         batch_size: examples of every batch.
         on_broken: called with path and reason of a file that is no picture, which is then left
-            out; None: it is an error.
+            out; None: it is an error, which names all such files.
         views: whether to make a view of each picture.
     """
 
@@ -86,7 +87,8 @@ class PictureReader:
         """Yields the pictures in the order of the paths.
 
         Raises:
-            UserError: a file cannot be read, or is no picture.
+            UserError: a file cannot be read, or some are no pictures: behind the first of these,
+                the others are read too, so that all are named.
         """
         waiting: list[Picture] = []
         for picture in self._pictures(paths):
@@ -107,6 +109,7 @@ class PictureReader:
         threads = usable_cores()
         ahead = max(2 * threads, self._batch_size)
         under_way: deque[tuple[str, Future[Picture]]] = deque()
+        broken: list[tuple[str, str]] = []
         rest = iter(paths)
         with ThreadPoolExecutor(threads, "decode") as pool:
             try:
@@ -116,19 +119,22 @@ class PictureReader:
                         if len(under_way) >= ahead:
                             break
                     if not under_way:
-                        return
+                        break
                     path, future = under_way.popleft()
                     try:
-                        yield future.result()
+                        picture = future.result()
                     except CorruptImageError as error:
                         if self._on_broken is None:
-                            raise UserError(
-                                f"{path}: cannot decode this image ({error.reason}); remove or "
-                                "replace it, or leave such files out with --on-corrupt skip"
-                            ) from None
-                        self._on_broken(path, error.reason)
+                            broken.append((path, error.reason))
+                        else:
+                            self._on_broken(path, error.reason)
+                    else:
+                        if not broken:  # else only looking for further ones
+                            yield picture
             finally:  # whoever stops early does not wait for what was read ahead
                 pool.shutdown(wait=False, cancel_futures=True)
+        if broken:
+            raise UserError(_told(broken, len(paths)))
 
     def _read(self, path: str) -> Picture:
         try:
@@ -152,3 +158,16 @@ class PictureReader:
         picture = Image.fromarray(pixels)
         picture.thumbnail((_VIEW, _VIEW))  # never larger
         return View(np.asarray(picture), shares)
+
+
+def _told(broken: Sequence[tuple[str, str]], count: int) -> str:
+    """The error that names broken files, (path, reason), of `count` that were read."""
+    advice = "leave such files out with --on-corrupt skip"
+    if len(broken) == 1:
+        ((path, reason),) = broken
+        return f"{path}: cannot decode this image ({reason}); remove or replace it, or {advice}"
+    names = listed([f"{path} ({reason})" for path, reason in broken])
+    return (
+        f"cannot decode {len(broken):,} of {count:,} images: {names}: remove or replace them, or "
+        f"{advice}"
+    )

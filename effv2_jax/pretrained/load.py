@@ -10,7 +10,6 @@ from typing import Any
 from effv2_jax.convert import tf_checkpoint
 from effv2_jax.convert.conversion import Conversion
 from effv2_jax.convert.weights_file import load_weights, save_weights
-from effv2_jax.data import imagenet
 from effv2_jax.data.kinds import describe
 from effv2_jax.errors import UserError
 from effv2_jax.models.network import EfficientNet, create_model, init_variables
@@ -211,7 +210,6 @@ def _write(conversion: Conversion, row: Released, path: Path) -> None:
         **conversion.info,
         "image_size": row.image_size,
         "preprocessing": describe(row.preprocessing, row.image_size),
-        "labels": imagenet.labels(row.num_classes),
         "source": source,
         "metrics": {} if row.top1 is None else {"published_top1": row.top1 / 100},
     }

@@ -15,6 +15,7 @@ from effv2_jax.convert import conversion as conversions
 from effv2_jax.convert import tf_checkpoint, tf_export
 from effv2_jax.convert.conversion import Conversion, command, default_info, sha256_of
 from effv2_jax.convert.weights_file import read_info
+from effv2_jax.data import imagenet
 from effv2_jax.models.network import init_variables
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -209,6 +210,30 @@ def test_a_file_that_reads_back_differently_is_not_kept(converted, tmp_path, mon
 def test_an_account_that_does_not_add_up_is_a_mistake_of_the_converter(converted):
     with pytest.raises(ValueError, match="left out"):
         dataclasses.replace(converted, num_read=converted.num_read + 1)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "told"),
+    [
+        (0, "no classifier"),
+        (3, "unknown, told as numbers (--labels FILE)"),
+        (1000, "the 1,000 of ImageNet, by their number (--labels FILE for others)"),
+        (21843, "the 21,843 of ImageNet, by their number (--labels FILE for others)"),
+    ],
+)
+def test_outputs_of_imagenet_get_its_names_and_that_is_told(tmp_path, outputs, told):
+    model = create_model("testing", outputs, blocks=("r1_k3_s2_e1_i8_o8_c1",), feature_size=8)
+    tensors = tf_export.official_tensors(model, init_variables(model, 0))
+    tf_export.export(tensors, tmp_path / "model", format="checkpoint")
+    converted = tf_checkpoint.convert(tmp_path / "model", model=model)
+    assert converted.info["labels"] == imagenet.labels(outputs)
+    assert f"labels      {told}\n" in conversions.table(converted)
+
+
+def test_labels_that_were_named_are_told(converted):
+    for labels, told in ((["a", "b"], "2: a, b"), (["a", "b", "c", "d"], "4: a, b, c, ...")):
+        named = dataclasses.replace(converted, info={**converted.info, "labels": labels})
+        assert f"labels      {told}\n" in conversions.table(named)
 
 
 def test_info_follows_the_table_of_networks():

@@ -166,7 +166,7 @@ def test_subset_of_imagenet21k():
     assert weights.label(0) == "tench, Tinca tinca"
 
 
-def test_broken_file_among_many(predict, weights, photos, tmp_path):
+def test_broken_files_among_many_are_all_named(predict, weights, photos, tmp_path):
     write_tree(photos, {"bee/text.jpg": b"no picture", "bee/empty.jpg": b""})
     out = tmp_path / "p.json"
     out.write_text("old")
@@ -174,7 +174,9 @@ def test_broken_file_among_many(predict, weights, photos, tmp_path):
     code, _, err = predict(*arguments)
     assert code == 2
     message = err.splitlines()[-1]
-    assert message.startswith(f"error: {photos}/bee/empty.jpg: cannot decode this image (the file")
+    assert message.startswith("error: cannot decode 2 of 7 images: ")
+    assert f"{photos}/bee/empty.jpg (the file" in message
+    assert f"{photos}/bee/text.jpg (not an image file)" in message
     assert "--on-corrupt skip" in message
     assert out.read_text() == "old"
 
@@ -188,6 +190,14 @@ def test_broken_file_among_many(predict, weights, photos, tmp_path):
     last = document["predictions"][-1]
     expected = by_definition(weights, last["file"])
     assert last["top"][0]["probability"] == pytest.approx(expected.max(), rel=1e-4)
+
+
+def test_a_single_broken_file_is_named(predict, weights, photos):
+    write_tree(photos, {"bee/empty.jpg": b""})
+    code, _, err = predict(weights, photos)
+    assert code == 2
+    message = err.splitlines()[-1]
+    assert message.startswith(f"error: {photos}/bee/empty.jpg: cannot decode this image (the file")
 
 
 def test_pictures_of_all_predictions(predict, weights, photos, tmp_path):
