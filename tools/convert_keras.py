@@ -5,24 +5,21 @@
 IN is a .weights.h5, .keras or .h5 file. NAME is that of keras.applications or ours.
 """
 
-import functools
 import sys
 from collections.abc import Sequence
 
-from effv2_jax.convert.conversion import command
-from effv2_jax.convert.names_keras import SOURCES, convert
+from effv2_jax.convert import names_keras
 from effv2_jax.convert.peers import keras_forward
-from effv2_jax.convert.source import find_source
+from effv2_jax.convert.source import framework_command
 
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the command and returns its exit code: 2 where the input is wrong."""
-    return command(
+    return framework_command(
         arguments,
         description=__doc__,
-        convert=convert,
+        names=names_keras,
         forward=keras_forward,
-        known_model=functools.partial(find_source, sources=SOURCES),
     )
 
 

@@ -8,32 +8,23 @@ is timm's, with the tag of the weights (it says how images are made) or without 
 ours.
 """
 
-import functools
 import sys
 from collections.abc import Sequence
 
-from effv2_jax.convert.conversion import command
-from effv2_jax.convert.names_timm import SOURCES, convert
+from effv2_jax.convert import names_timm
 from effv2_jax.convert.peers import timm_forward
-from effv2_jax.convert.source import find_source
-
-_FLAGS = {
-    "--key": {
-        "metavar": "PART",
-        "help": "part of a training checkpoint; default: the moving average, else the weights",
-    },
-}
+from effv2_jax.convert.source import framework_command
+from effv2_jax.convert.torch_weights import KEY_FLAG
 
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the command and returns its exit code: 2 where the input is wrong."""
-    return command(
+    return framework_command(
         arguments,
         description=__doc__,
-        convert=convert,
+        names=names_timm,
         forward=timm_forward,
-        flags=_FLAGS,
-        known_model=functools.partial(find_source, sources=SOURCES),
+        flags=KEY_FLAG,
     )
 
 

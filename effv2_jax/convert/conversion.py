@@ -80,7 +80,8 @@ def default_info(
       framework: of the source, e.g. "tensorflow".
       file: the source; its name is kept, not its folder.
       sha256: of the source.
-      num_classes: outputs; those of ImageNet are named.
+      num_classes: outputs; those of ImageNet are named, and the 21,843 are taken to be trained
+        each for itself.
       weights: "raw" or "ema".
       image_size: px, at which the weights are evaluated.
       preprocessing: a kind of data/preprocess.py, or {"kind", "mean", "std", "crop",
@@ -90,16 +91,19 @@ def default_info(
     image_size = image_size or variant.eval_size
     if preprocessing is None or isinstance(preprocessing, str):
         preprocessing = describe(preprocessing or variant.preprocessing, image_size)
+    source = {
+        "framework": framework,
+        "file": Path(file).name,
+        "sha256": sha256,
+        "weights": weights,
+    }
+    if num_classes == imagenet.NUM_21K:
+        source["loss"] = "sigmoid"  # README.md of google/automl: the released weights of that size
     return {
         "image_size": image_size,
         "preprocessing": dict(preprocessing),
         "labels": imagenet.labels(num_classes),
-        "source": {
-            "framework": framework,
-            "file": Path(file).name,
-            "sha256": sha256,
-            "weights": weights,
-        },
+        "source": source,
         "metrics": {},
     }
 
@@ -170,7 +174,10 @@ def _labels_told(num_classes: int, labels: Sequence[str] | None) -> str:
     if labels is None:
         return "unknown, told as numbers (--labels FILE)" if num_classes else "no classifier"
     if tuple(labels) == imagenet.labels(num_classes):
-        return f"the {num_classes:,} of ImageNet, by their number (--labels FILE for others)"
+        single = ", each for itself" if num_classes == imagenet.NUM_21K else ""
+        return (
+            f"the {num_classes:,} of ImageNet{single}, by their number (--labels FILE for others)"
+        )
     return f"{len(labels)}: {', '.join(labels[:3])}{', ...' if len(labels) > 3 else ''}"
 
 

@@ -6,15 +6,13 @@ TensorFlow's padding and epsilon.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from effv2_jax.convert.conversion import Conversion
 from effv2_jax.convert.layer_names import TORCH, NumberedBlock, name_table
 from effv2_jax.convert.mapping import TensorName, from_variables
-from effv2_jax.convert.source import Source, from_torch, released_blocks
+from effv2_jax.convert.source import Source, TorchConverter, released_blocks
 from effv2_jax.models.network import EfficientNet, create_model
 
 _ARCHITECTURE = ("block_specs", "head_channels", "activation", "padding", "bn_epsilon")
@@ -117,35 +115,9 @@ SOURCES: tuple[Source, ...] = (
 )
 
 
-def convert(
-    path: str | Path,
-    *,
-    model: str | EfficientNet,
-    num_classes: int | None = None,
-    key: str | None = None,
-) -> Conversion:
-    """Converts a state dict of timm.
-
-    Args:
-      path: a .safetensors, .pth or .bin file.
-      model: timm's name, with the tag of the weights or without (then its default weights'), or
-        ours, or a network of other sizes. The tag says how images are made.
-      num_classes: expected; None: as many as the file has.
-      key: part of a training checkpoint, see `read_torch_weights`.
-
-    Raises:
-      UserError: not readable, or not the weights of that network.
-    """
-    return from_torch(
-        path,
-        framework="timm",
-        model=model,
-        num_classes=num_classes,
-        key=key,
-        sources=SOURCES,
-        names=tensor_names,
-        classifier="classifier",
-    )
+convert = TorchConverter(
+    framework="timm", sources=SOURCES, names=tensor_names, classifier="classifier"
+)
 
 
 def export(model: EfficientNet, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -4,12 +4,9 @@ torchvision/models/efficientnet.py: `features` is a list (stem, one entry per st
 is a list of convolution-and-norm pairs with the squeeze-and-excite (fc1, fc2) among them.
 """
 
-from pathlib import Path
-
-from effv2_jax.convert.conversion import Conversion
 from effv2_jax.convert.layer_names import TORCH, NumberedBlock, block_layers, name_table
 from effv2_jax.convert.mapping import TensorName
-from effv2_jax.convert.source import Source, from_torch, released_blocks
+from effv2_jax.convert.source import Source, TorchConverter, released_blocks
 from effv2_jax.models.network import EfficientNet
 
 
@@ -64,31 +61,6 @@ def _block(block: NumberedBlock) -> dict[str, str]:
     return out
 
 
-def convert(
-    path: str | Path,
-    *,
-    model: str | EfficientNet,
-    num_classes: int | None = None,
-    key: str | None = None,
-) -> Conversion:
-    """Converts a state dict of torchvision.
-
-    Args:
-      path: a .pth or .safetensors file.
-      model: torchvision's name, ours, or a network of other sizes.
-      num_classes: expected; None: as many as the file has.
-      key: part of a training checkpoint, see `read_torch_weights`.
-
-    Raises:
-      UserError: not readable, or not the weights of that network.
-    """
-    return from_torch(
-        path,
-        framework="torchvision",
-        model=model,
-        num_classes=num_classes,
-        key=key,
-        sources=SOURCES,
-        names=tensor_names,
-        classifier="classifier.1",
-    )
+convert = TorchConverter(
+    framework="torchvision", sources=SOURCES, names=tensor_names, classifier="classifier.1"
+)

@@ -2,12 +2,14 @@
 
 import dataclasses
 import difflib
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from effv2_jax.convert.conversion import Conversion, default_info, sha256_of
+from effv2_jax.convert.conversion import Conversion, Forward, command, default_info, sha256_of
 from effv2_jax.convert.mapping import TensorName, to_variables
 from effv2_jax.convert.torch_weights import TorchWeights, read_torch_weights
 from effv2_jax.errors import UserError
@@ -94,58 +96,96 @@ def check_classes(found: int, expected: int | None, *, where: str | Path) -> Non
         )
 
 
-def from_torch(
-    path: str | Path,
-    *,
-    framework: str,
-    model: str | EfficientNet,
-    num_classes: int | None,
-    key: str | None,
-    sources: Sequence[Source],
-    names: Callable[[EfficientNet], Sequence[TensorName]],
-    classifier: str,
-) -> Conversion:
-    """Converts a state dict.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TorchConverter:
+    """Converts state dicts of a framework that PyTorch's files come from.
 
-    Args:
-      path: a .pth or .safetensors file.
+    Attributes:
       framework: for the weights file's header.
-      model: a name, theirs or ours, or a network.
-      num_classes: expected; None: as many as the file has.
-      key: part of a training checkpoint, see `read_torch_weights`.
       sources: the framework's networks.
       names: the table of names of a network.
       classifier: name of the layer; its bias says how many classes there are.
-
-    Raises:
-      UserError: not readable, or not the weights of that network.
     """
-    start = time.monotonic()
-    if isinstance(model, str):
-        find_source(model, sources)  # a wrong name is told before anything is read
-    weights = read_torch_weights(path, key=key)
-    found = _classes(weights, classifier)
-    check_classes(found, num_classes, where=path)
-    network, image_size, preprocessing = resolve(model, found, sources)
-    variables = to_variables(weights.tensors, names(network), network, where=str(path))
-    info = default_info(
-        network.variant,
-        framework=framework,
-        file=path,
-        sha256=sha256_of(path),
-        num_classes=found,
-        weights=weights.weights,
-        image_size=image_size,
-        preprocessing=preprocessing,
-    )
-    return Conversion(
-        model=network,
-        variables=variables,
-        info=info,
-        num_read=weights.num_read,
-        left_out=weights.left_out,
-        notes=weights.notes,
-        seconds=time.monotonic() - start,
+
+    framework: str
+    sources: Sequence[Source]
+    names: Callable[[EfficientNet], Sequence[TensorName]]
+    classifier: str
+
+    def __call__(
+        self,
+        path: str | Path,
+        *,
+        model: str | EfficientNet,
+        num_classes: int | None = None,
+        key: str | None = None,
+    ) -> Conversion:
+        """Converts a state dict.
+
+        Args:
+          path: a .pth, .bin or .safetensors file.
+          model: the framework's name, with the tag of the weights if it has such (it says how
+            images are made) or without (then that of its default weights), or ours, or a network of
+            other sizes.
+          num_classes: expected; None: as many as the file has.
+          key: part of a training checkpoint, see `read_torch_weights`.
+
+        Raises:
+          UserError: not readable, or not the weights of that network.
+        """
+        start = time.monotonic()
+        if isinstance(model, str):
+            find_source(model, self.sources)  # a wrong name is told before anything is read
+        weights = read_torch_weights(path, key=key)
+        found = _classes(weights, self.classifier)
+        check_classes(found, num_classes, where=path)
+        network, image_size, preprocessing = resolve(model, found, self.sources)
+        variables = to_variables(weights.tensors, self.names(network), network, where=str(path))
+        info = default_info(
+            network.variant,
+            framework=self.framework,
+            file=path,
+            sha256=sha256_of(path),
+            num_classes=found,
+            weights=weights.weights,
+            image_size=image_size,
+            preprocessing=preprocessing,
+        )
+        return Conversion(
+            model=network,
+            variables=variables,
+            info=info,
+            num_read=weights.num_read,
+            left_out=weights.left_out,
+            notes=weights.notes,
+            seconds=time.monotonic() - start,
+        )
+
+
+def framework_command(
+    arguments: Sequence[str],
+    *,
+    description: str,
+    names: ModuleType,
+    forward: Callable[[str], Forward],
+    flags: Mapping[str, Mapping[str, Any]] | None = None,
+) -> int:
+    """Runs the command of a framework's converter, see `conversion.command`.
+
+    Args:
+      arguments: without the command's name.
+      description: for --help.
+      names: the module names_*.py of the framework: its `convert` and its `SOURCES`.
+      forward: for --check-parity.
+      flags: more flags.
+    """
+    return command(
+        arguments,
+        description=description,
+        convert=names.convert,
+        forward=forward,
+        flags=flags,
+        known_model=functools.partial(find_source, sources=names.SOURCES),
     )
 
 

@@ -29,6 +29,15 @@ _FLOATS = ("float16", "bfloat16", "float32", "float64")
 _SAFETENSORS_TYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
+# The flag of the commands that read training checkpoints.
+KEY_FLAG = {
+    "--key": {
+        "metavar": "PART",
+        "help": "part of a training checkpoint; default: the moving average, else the weights",
+    },
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TorchWeights:
     """The tensors of one network.

@@ -72,10 +72,10 @@ def as_text(report: Report) -> str:
         f"{report['image_size']} px, {report['num_classes']:,} classes"
     ]
     if report["left_out"]:
-        lines.append(f"{report['left_out']:,} broken pictures were left out")
+        lines.append(f"broken pictures that were left out: {report['left_out']:,}")
     if result.get("unknown"):
         lines.append(
-            f"{result['unknown']:,} examples are of classes that the network does not have: they "
+            f"examples of classes that the network does not have: {result['unknown']:,}; they "
             "count as wrong and are left out of the loss"
         )
     if other := report["other_names"]:

@@ -218,7 +218,10 @@ def test_an_account_that_does_not_add_up_is_a_mistake_of_the_converter(converted
         (0, "no classifier"),
         (3, "unknown, told as numbers (--labels FILE)"),
         (1000, "the 1,000 of ImageNet, by their number (--labels FILE for others)"),
-        (21843, "the 21,843 of ImageNet, by their number (--labels FILE for others)"),
+        (
+            21843,
+            "the 21,843 of ImageNet, each for itself, by their number (--labels FILE for others)",
+        ),
     ],
 )
 def test_outputs_of_imagenet_get_its_names_and_that_is_told(tmp_path, outputs, told):
@@ -227,6 +230,7 @@ def test_outputs_of_imagenet_get_its_names_and_that_is_told(tmp_path, outputs, t
     tf_export.export(tensors, tmp_path / "model", format="checkpoint")
     converted = tf_checkpoint.convert(tmp_path / "model", model=model)
     assert converted.info["labels"] == imagenet.labels(outputs)
+    assert converted.info["source"].get("loss") == ("sigmoid" if outputs == 21843 else None)
     assert f"labels      {told}\n" in conversions.table(converted)
 
 

@@ -144,7 +144,7 @@ def test_broken_pictures_are_left_out_and_told(photos, tmp_path, capsys):
         loop.evaluate(folder_config(photos, weights), tmp_path / "out")
     config = folder_config(photos, weights, **{"data.on_corrupt": "skip"})
     loop.evaluate(config, tmp_path / "out")
-    assert "1 broken pictures were left out" in capsys.readouterr().out
+    assert "broken pictures that were left out: 1\n" in capsys.readouterr().out
     report = json.loads((tmp_path / "out/eval/eval.json").read_text())
     assert report["results"]["weights"]["examples"] == 10
 
