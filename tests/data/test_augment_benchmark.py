@@ -7,7 +7,7 @@ import jax
 
 from effv2_jax.data.policy import OPERATIONS
 
-TOOL = Path(__file__).parents[2] / "tools" / "benchmark_augment.py"
+TOOL = Path(__file__).parents[2] / "tools" / "benchmarks" / "augment.py"
 
 
 def _tool():
