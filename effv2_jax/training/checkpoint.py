@@ -1,9 +1,10 @@
 """Checkpoints of a run: written in the background, checked when read, never lost.
 
-A checkpoint is the TrainState and nothing else: all randomness and the order of the data follow
-from (seed, step), so the state is all a run needs to continue with the same bits. Orbax writes it:
-into a temporary folder that is renamed when complete, so that a killed run leaves either a whole
-checkpoint or none, and an old one goes only after the new one is there.
+A checkpoint is the TrainState: all randomness and the order of the data follow from (seed, step),
+so the state is all a run needs to continue with the same bits. Beside it lie the run's notes, a few
+numbers that only the log needs. Orbax writes it: into a temporary folder that is renamed when
+complete, so that a killed run leaves either a whole checkpoint or none, and an old one goes only
+after the new one is there.
 
 What is added to Orbax here:
 - the state is copied to the host first and its arrays are saved as NumPy arrays under their paths
@@ -59,6 +60,7 @@ class Checkpoints:
 
     Attributes:
         folder: where they are.
+        notes: of the checkpoint that `restore` returned.
         say: as given; may be replaced later, by a logger's that knows of the live line.
     """
 
@@ -72,6 +74,7 @@ class Checkpoints:
         say: Callable[[str], None] = print,
     ) -> None:
         self.folder = Path(folder).absolute()
+        self.notes: dict[str, Any] = {}
         self.say = say
         self._read_only = read_only
         self._scores = _Scores(self.folder / "scores.json")
@@ -121,7 +124,14 @@ class Checkpoints:
         """Whether a save is still being written: another one now would wait for it."""
         return self._manager.is_saving_in_progress()
 
-    def save(self, step: int, state: Any, metrics: Mapping[str, float] | None = None) -> bool:
+    def save(
+        self,
+        step: int,
+        state: Any,
+        metrics: Mapping[str, float] | None = None,
+        *,
+        notes: Mapping[str, Any] | None = None,
+    ) -> bool:
         """Starts writing a checkpoint; returns once the state is copied to the host.
 
         A save that fails later (a full disk) is reported in one line by the next call, and the
@@ -131,6 +141,7 @@ class Checkpoints:
             step: the number of finished steps.
             state: a pytree of arrays.
             metrics: of the evaluation at this step, if there was one: they rank the checkpoint.
+            notes: what JSON can say, for the process that continues.
 
         Returns:
             False if there is a checkpoint of this step already; its metrics are then noted.
@@ -140,7 +151,12 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return False
         arrays = {name: _to_host(leaf) for name, leaf in _named_leaves(state).items() if leaf.size}
-        layout = {"format": _FORMAT, "step": step, "arrays": _describe(arrays, checksum=True)}
+        layout = {
+            "format": _FORMAT,
+            "step": step,
+            "arrays": _describe(arrays, checksum=True),
+            "notes": dict(notes or {}),
+        }
         return self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -166,12 +182,13 @@ class Checkpoints:
         for step in reversed(found):
             problem = None
             try:
-                arrays = self._read(step, template)
+                arrays, notes = self._read(step, template)
             except UserError:
                 raise
             except Exception as error:  # whatever Orbax raises for a damaged file
                 problem = _reason(error)
             if _everywhere(problem is None):
+                self.notes = notes
                 return _place(arrays, template, sharding)
             self._set_aside(step, problem or "another process could not read it")
         if found:
@@ -223,7 +240,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             self.say(text)
 
-    def _read(self, step: int, template: Any) -> dict[str, np.ndarray]:
+    def _read(self, step: int, template: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         layout = self._manager.restore(
             step, args=ocp.args.Composite(layout=ocp.args.JsonRestore())
         ).layout
@@ -236,7 +253,7 @@ class Checkpoints:
         for name, written in layout["arrays"].items():
             if found.get(name) != written:
                 raise ValueError(f"{name} has another checksum than when it was written")
-        return arrays
+        return arrays, layout.get("notes", {})
 
     def _set_aside(self, step: int, problem: str) -> None:
         if self._read_only:

@@ -19,7 +19,7 @@ the methods compute what they return and do nothing else, so that the loop needs
 A line of metrics.jsonl, all rates and accuracies as shares of 1:
     {"step": 50, "epoch": 0.4, "stage": 0, "image_size": 128, "split": "train", "loss": 1.9,
      "top1": 0.31, "learning_rate": 0.02, "images_per_second": 812.0, "data_wait": 0.03}
-loss and top1 are means over the steps since the line before; after a restart, since the restart.
+loss and top1 are means over the steps since the line before.
 data_wait is the share of the time in which the device had no batch to work on. Lines of "split":
 "eval" have loss, top1, top5 of the raw weights and ema_loss, ema_top1, ema_top5.
 """

@@ -73,7 +73,8 @@ class Run:
         )
         self._results = self._recorded_results()
         self._waiting: tuple[int, Mapping[str, jax.Array]] | None = None
-        self._interval: list[dict[str, float]] = []
+        # The steps since the last record; those before an interruption are of its record too.
+        self._interval: list[dict[str, float]] = list(checkpoints.notes.get("interval", ()))
         self._last_save = time.monotonic()
         self._compiled: collections.deque[Program] = collections.deque()
         self._stack = contextlib.ExitStack()
@@ -234,7 +235,9 @@ class Run:
             broken = setup.nonfinite_leaf(state)
             if broken:
                 self._stop_diverged(self.step, f"{broken} is not finite")
-            self._checkpoints.save(self.step, state, results)
+            # A copy: it is written in the background, while the next steps are added.
+            notes = {"interval": list(self._interval)}
+            self._checkpoints.save(self.step, state, results, notes=notes)
         self._last_save = time.monotonic()
 
     def _save_is_due(self) -> bool:
