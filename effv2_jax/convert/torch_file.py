@@ -6,8 +6,8 @@ other name ends the reading. What the pickle says about a tensor is checked agai
 are there.
 
 Two layouts, both written by `torch.save`: since PyTorch 1.6 a ZIP archive of one pickle and one
-entry per storage (torch/serialization.py, _save), before that the pickle followed by the storages
-(_legacy_save). The archive's checksums are verified.
+entry per storage (torch/serialization.py, _save), whose checksums are verified; before that the
+pickle and after it the storages (_legacy_save), which have none.
 """
 
 import contextlib
@@ -25,7 +25,10 @@ import numpy as np
 from effv2_jax.errors import UserError
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-_LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+_LEGACY_VERSION = 1001
+# Within these first bytes is the magic number, as the pickle protocols from 2 on write it, or 0, 1.
+_LEGACY_START = 32
+_LEGACY_MARKS = (_LEGACY_MAGIC.to_bytes(10, "little"), str(_LEGACY_MAGIC).encode())
 _RESAVE = (
     "nothing of it was run; save only the tensors, in PyTorch: "
     "torch.save(model.state_dict(), 'weights.pth')"
@@ -54,6 +57,10 @@ class _Storage:
     key: str
     kind: str  # of _STORAGES
     size: int  # numbers
+
+
+def _dtype(storage: _Storage) -> np.dtype:
+    return np.dtype(_STORAGES[storage.kind][0]).newbyteorder("<")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,16 +114,20 @@ def read_torch_file(path: str | Path) -> Any:
     path = Path(path)
     try:
         with path.open("rb") as file:
-            start = file.read(len(_LEGACY_START))
+            start = file.read(_LEGACY_START)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
-    if start == _LEGACY_START:
+    if any(mark in start for mark in _LEGACY_MARKS):
         return _read_legacy(path)
     if start[:2] == b"PK":
         return _read_archive(path)
+    if not start:
+        raise UserError(f"{path}: not a file of PyTorch: it is empty; copy or download it again")
+    if start[0] == pickle.PROTO[0]:
+        raise UserError(f"{path}: not a file of PyTorch but another pickle; {_RESAVE}")
     raise UserError(
-        f"{path}: not a file of PyTorch: begins with {start[:8]!r}, expected a ZIP archive as "
-        "torch.save writes it"
+        f"{path}: not a file of PyTorch: begins with {start[:8]!r}, expected a ZIP archive or a "
+        "pickle as torch.save writes them"
     )
 
 
@@ -131,7 +142,7 @@ def _read_archive(path: Path) -> Any:
     def load(storage: _Storage) -> np.ndarray:
         with _damage_told(path):
             entry = archive.getinfo(f"{folder}data/{storage.key}")
-            dtype = np.dtype(_STORAGES[storage.kind][0]).newbyteorder(order)
+            dtype = _dtype(storage).newbyteorder(order)
             # Stored as they are: a compressed entry could unpack to any size.
             if entry.compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"storage {storage.key} is compressed")
@@ -152,26 +163,33 @@ def _read_archive(path: Path) -> Any:
 
 
 def _read_legacy(path: Path) -> Any:
-    storages: dict[str, np.ndarray] = {}
+    places: dict[str, int] = {}  # key of a storage -> where its numbers begin
 
     def load(storage: _Storage) -> np.ndarray:
-        if storage.key not in storages or len(storages[storage.key]) != storage.size:
-            raise UserError(f"{path}: damaged: its storage {storage.key} is not whole")
-        return storages[storage.key]
+        flat = np.fromfile(path, _dtype(storage), storage.size, offset=places[storage.key])
+        if len(flat) != storage.size:
+            raise UserError(f"{path}: ends while it is read; is it being written?")
+        return flat.astype(flat.dtype.newbyteorder("="), copy=False)
 
     with _damage_told(path), path.open("rb") as file:
         magic, version, system = (_Unpickler(file, path, load).load() for _ in range(3))
-        if magic != _LEGACY_MAGIC or version != 1001 or not system.get("little_endian", True):
+        if magic != _LEGACY_MAGIC or version != _LEGACY_VERSION or type(system) is not dict:
             raise ValueError(f"unknown version {version!r}")
+        if not system.get("little_endian", True):
+            raise ValueError("written by a big-endian machine")
         unpickler = _Unpickler(file, path, load)
         result = unpickler.load()
+        end = path.stat().st_size
         for key in _Unpickler(file, path, load).load():
-            dtype = np.dtype(_STORAGES[unpickler.storages[key].kind][0]).newbyteorder("<")
-            (size,) = np.frombuffer(file.read(8), "<i8")
-            if size != unpickler.storages[key].size:
-                raise ValueError(f"storage {key} has {size} numbers")
-            content = file.read(int(size) * dtype.itemsize)
-            storages[key] = np.frombuffer(content, dtype, count=size)
+            storage = unpickler.storages[key]
+            size = int.from_bytes(file.read(8), "little", signed=True)
+            if size != storage.size:
+                raise ValueError(f"storage {key} has {size} numbers, expected {storage.size}")
+            places[key] = file.tell()
+            if file.seek(size * _dtype(storage).itemsize, io.SEEK_CUR) > end:
+                raise ValueError(f"ends within storage {key}")
+        if absent := unpickler.storages.keys() - places.keys():
+            raise ValueError(f"storage {min(absent)} is missing")
         return result
 
 
@@ -229,10 +247,18 @@ class _Unpickler(pickle._Unpickler):
         )
 
     def persistent_load(self, pid: Any) -> _Storage:
-        """Returns the storage a tensor refers to: ("storage", type, key, place, size)."""
-        tag, kind, key, _, size, *_ = pid
+        """Returns the storage a tensor refers to: ("storage", type, key, place, size, view).
+
+        A view, a part of a storage under a name of its own, was last written by PyTorch 0.3.
+        """
+        tag, kind, key, _, size, *view = pid
         if tag != "storage" or kind not in _STORAGES or type(key) is not str or not _is_size(size):
             raise ValueError(f"unknown storage {pid!r}")
+        if view not in ([], [None]):
+            raise UserError(
+                f"{self._path}: has parts of storages under names of their own, as PyTorch before "
+                "0.4 wrote them; load it with a newer one and save it again"
+            )
         storage = _Storage(key, kind, size)
         if self.storages.setdefault(key, storage) != storage:
             raise ValueError(f"storage {key} has two descriptions")

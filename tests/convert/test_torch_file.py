@@ -18,6 +18,7 @@ from tests.convert.torch_pickles import (
     name,
     number,
     save,
+    save_legacy,
     tensor,
     text,
 )
@@ -62,6 +63,43 @@ def test_what_tests_write_is_read_like_what_pytorch_writes(tmp_path):
     np.testing.assert_array_equal(found["b"].read(), [[0, 3], [1, 4]])
 
 
+@pytest.mark.parametrize("protocol", range(6))
+def test_the_layout_before_pytorch_1_6_is_read_whatever_protocol_it_was_pickled_with(
+    tmp_path, protocol
+):
+    body = mapping(
+        a=tensor("0", view=b"N"), b=tensor("17", shape=(2, 2), strides=(1, 3)), epoch=number(3)
+    )
+    path = save_legacy(tmp_path / "a.pth", body, protocol=protocol, keys=("17", "0"), counts=(6, 6))
+    found = read_torch_file(path)
+    np.testing.assert_array_equal(found["a"].read(), np.arange(6))
+    np.testing.assert_array_equal(found["b"].read(), [[0, 3], [1, 4]])
+    assert found["epoch"] == 3
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_what_the_installed_pytorch_writes_is_read_exactly(tmp_path, protocol, legacy):
+    torch = pytest.importorskip("torch", reason="writes the files")
+    expected = {
+        "whole": torch.arange(24.0).reshape(2, 3, 4),
+        "part": torch.arange(24.0).reshape(2, 3, 4)[:, 1:, ::2],
+        "count": torch.tensor(7),
+        "half": torch.tensor([0.5, -2.0], dtype=torch.float16),
+    }
+    path = tmp_path / "a.pth"
+    torch.save(
+        {"state_dict": expected, "epoch": 4},
+        path,
+        pickle_protocol=protocol,
+        _use_new_zipfile_serialization=not legacy,
+    )
+    found = read_torch_file(path)
+    assert found["epoch"] == 4
+    for key, stored in found["state_dict"].items():
+        np.testing.assert_array_equal(stored.read(), expected[key].numpy(), err_msg=key)
+
+
 def test_plain_values_beside_tensors_are_kept(tmp_path):
     arguments = call("argparse Namespace") + mapping(lr=number(1)) + b"b"
     body = mapping(epoch=number(3), arch=text("b0"), state_dict=mapping(a=tensor()), args=arguments)
@@ -83,11 +121,8 @@ class _Runs:
 def test_code_in_a_file_is_named_and_not_run(tmp_path, legacy):
     target, path = tmp_path / "ran", tmp_path / "evil.pth"
     evil = pickle.dumps({"weight": _Runs(target)}, protocol=2)
-    if legacy:
-        start = (FOLDER / "odd_legacy.pth").read_bytes()[:15]
-        path.write_bytes(start + pickle.dumps(1001, 2) + pickle.dumps({}, 2) + evil)
-    else:
-        save(path, evil[2:-1])
+    write = save_legacy if legacy else save
+    write(path, evil[2:-1])
     message = message_of(path)
     assert f"its pickle asks for {os.mkdir.__module__}.mkdir" in message
     assert "nothing of it was run" in message
@@ -153,6 +188,40 @@ def test_compressed_storages_are_refused(tmp_path):
     assert "compressed" in message_of(path)
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"version": 1000}, "unknown version 1000"),
+        ({"system": []}, "unknown version"),
+        ({"system": {"little_endian": False}}, "big-endian"),
+        ({"counts": (7,)}, "storage 0 has 7 numbers, expected 6"),
+        ({"counts": (-1,)}, "storage 0 has -1 numbers, expected 6"),
+        ({"counts": ()}, "storage 0 has 0 numbers, expected 6"),
+        ({"keys": ("1",)}, "damaged or truncated ('1')"),
+        ({"keys": ()}, "storage 0 is missing"),
+        ({"keys": 7}, "not iterable"),
+        ({"keys": ("0", "0"), "counts": (6,)}, "storage 0 has 0 numbers"),
+    ],
+)
+def test_storages_that_do_not_follow_as_the_old_layout_says_are_refused(tmp_path, options, reason):
+    message = message_of(save_legacy(tmp_path / "a.pth", mapping(a=tensor()), **options))
+    assert "damaged or truncated" in message
+    assert reason in message
+
+
+def test_storages_larger_than_the_file_are_refused_without_reserving_their_memory(tmp_path):
+    huge = tensor(size=2**31 - 1, shape=(2**31 - 1,))
+    message = message_of(save_legacy(tmp_path / "a.pth", mapping(a=huge), counts=(2**31 - 1,)))
+    assert "ends within storage 0" in message
+
+
+def test_parts_of_storages_under_other_names_are_refused_with_the_way_out(tmp_path):
+    view = items(text("1"), number(2), number(3))
+    message = message_of(save_legacy(tmp_path / "a.pth", mapping(a=tensor(view=view))))
+    assert "before 0.4" in message
+    assert "save it again" in message
+
+
 @pytest.mark.parametrize("file", ["timm_rw.pth", "timm_rw_legacy.pth"])
 @pytest.mark.parametrize("kept", [0.0005, 0.3, 0.9, 0.9999])
 def test_a_truncated_file_is_noticed(tmp_path, file, kept):
@@ -168,6 +237,23 @@ def test_a_flipped_bit_is_noticed(tmp_path):
     path = tmp_path / "flipped.pth"
     path.write_bytes(content)
     assert "damaged or truncated" in message_of(path)
+
+
+def test_code_in_any_part_of_the_old_layout_is_named_and_not_run(tmp_path):
+    target, path = tmp_path / "ran", tmp_path / "evil.pth"
+    for part in ("version", "system", "keys"):
+        save_legacy(path, mapping(a=tensor()), **{part: _Runs(target)})
+        assert f"asks for {os.mkdir.__module__}.mkdir" in message_of(path), part
+        assert not target.exists(), part
+
+
+def test_a_pickle_of_something_else_is_not_run_and_the_way_out_is_told(tmp_path):
+    target, path = tmp_path / "ran", tmp_path / "evil.pth"
+    for protocol in (2, 4, 5):
+        path.write_bytes(pickle.dumps({"weight": _Runs(target)}, protocol))
+        message = message_of(path)
+        assert "not a file of PyTorch but another pickle; nothing of it was run" in message
+        assert not target.exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"hello\n" * 40, b"\x89PNG\r\n", b"\x80\x04K\x01."])
