@@ -104,5 +104,27 @@ def check_output(flag: str, path: str | None, *, endings: tuple[str, ...] = ()) 
     if Path(path).is_dir() or not folder.is_dir():
         found = "is a folder" if Path(path).is_dir() else f"there is no folder {folder}"
         raise UserError(f"{flag} {path}: {found}; expected the name of a file to write")
+    _check_writable(flag, path, folder)
     if endings and not path.lower().endswith(endings):
         raise UserError(f"{flag} {path}: expected a name ending in {', '.join(endings)}")
+
+
+def check_folder(flag: str, path: str | None) -> None:
+    """Refuses a folder that could not be made or written to, before any work is done.
+
+    Args:
+        flag: that named it.
+        path: the folder, which need not be there, or None.
+    """
+    if path is None:
+        return
+    folder = Path(path).absolute()
+    nearest = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
+    if not nearest.is_dir():
+        raise UserError(f"{flag} {path}: {nearest} is no folder; expected the name of one")
+    _check_writable(flag, path, nearest)
+
+
+def _check_writable(flag: str, path: str, folder: Path) -> None:
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {path}: {folder} cannot be written to; choose another folder")

@@ -58,3 +58,20 @@ def test_an_unknown_flag_is_one_line_and_exit_code_2(path, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
+
+
+def test_folders_and_files_that_could_not_be_written_are_refused_before_any_work(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "file").write_text("")
+    command.check_folder("--to", None)
+    command.check_folder("--to", str(tmp_path / "new/and/deep"))
+    assert not (tmp_path / "new").exists()
+    for path in ("file", "file/below"):
+        with pytest.raises(UserError, match=r"--to .*file is no folder"):
+            command.check_folder("--to", str(tmp_path / path))
+    monkeypatch.setattr(command.os, "access", lambda *_: False)  # root may write everywhere
+    with pytest.raises(UserError, match="cannot be written to; choose another folder"):
+        command.check_folder("--to", str(tmp_path / "new"))
+    with pytest.raises(UserError, match="cannot be written to; choose another folder"):
+        command.check_output("--out", str(tmp_path / "a.csv"))

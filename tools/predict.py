@@ -39,6 +39,7 @@ def _run(arguments: Sequence[str]) -> None:
     options = _parser().parse_intermixed_args(arguments)
     command.check_output("--out", options.out)
     command.check_output("--contact-sheet", options.contact_sheet, endings=tuple(FORMATS))
+    command.check_folder("--attribution", options.attribution)
     command.say(startup.tune(sys.argv, enabled=not options.no_tune))
     pictures = find_pictures(options.pictures)
 

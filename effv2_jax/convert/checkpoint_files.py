@@ -147,6 +147,11 @@ def _from_prefix(prefix: Path) -> CheckpointFiles:
         path = Path(f"{prefix}.data-{i:05d}-of-{count:05d}")
         try:
             file = path.open("rb")
+        except FileNotFoundError:
+            raise UserError(
+                f"{prefix}: incomplete: {path.name} is not beside {index.name}; copy or download "
+                "it too"
+            ) from None
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
         return Extent(path.name, file, 0, os.fstat(file.fileno()).st_size)

@@ -233,6 +233,8 @@ def _run(
         raise UserError(f"{out}: cannot be written: expected the name of a .safetensors file")
     if not out.parent.is_dir():
         raise UserError(f"{out}: cannot be written: there is no folder {out.parent}")
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise UserError(f"{out}: cannot be written: the folder {out.parent} is read-only")
     kind, size = options["preprocessing"], options["image_size"]
     if kind is not None and not is_kind(kind):
         raise UserError(f"--preprocessing: found {kind!r}, expected one of {EXPECTED}")

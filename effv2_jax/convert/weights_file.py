@@ -34,19 +34,18 @@ import safetensors.numpy
 from effv2_jax import __version__
 from effv2_jax.atomic import replacing
 from effv2_jax.convert.comparison import differences, expected, flatten, nest, not_finite
+from effv2_jax.convert.weights_header import (
+    DERIVED,
+    FORMAT,
+    KEY,
+    TOLD,
+    header_problems,
+    parse_header,
+)
 from effv2_jax.errors import UserError
 from effv2_jax.models.block_spec import format_block
 from effv2_jax.models.network import EfficientNet, create_model
 from effv2_jax.models.variants import get_variant
-
-FORMAT = 1
-
-_KEY = "effv2_jax"
-
-# What the caller may say about the weights; the rest of the header follows from the model.
-_TOLD = ("image_size", "preprocessing", "labels", "source", "metrics")
-_DERIVED = ("format", "model", "overrides", "num_classes", "created_with")
-_PREPROCESSING = ("kind", "mean", "std", "crop", "interpolation")
 
 # How a network is computed or trained, not what it is.
 _NOT_SAVED = ("variant", "num_classes", "dtype", "remat", "lowering", "axis_name", "survival_fn",
@@ -86,7 +85,7 @@ def save_weights(
     tensors = {name: np.ascontiguousarray(t, np.float32) for name, t in tensors.items()}
     try:
         with replacing(path) as temporary:
-            safetensors.numpy.save_file(tensors, temporary, {_KEY: json.dumps(header)})
+            safetensors.numpy.save_file(tensors, temporary, {KEY: json.dumps(header)})
             if verify:
                 _verify(path, temporary, tensors)
     except (OSError, safetensors.SafetensorError) as error:
@@ -110,7 +109,7 @@ def load_weights(path: str | Path) -> tuple[EfficientNet, dict[str, Any], dict[s
     info, tensors, found = _read(path)
     try:
         model = create_model(info["model"], info["num_classes"], **info["overrides"])
-    except UserError as error:
+    except (UserError, TypeError, ValueError) as error:  # overrides may be of any type
         raise UserError(f"{path}: its header describes no known network: {error}") from None
     problems = differences(found, expected(model)) + not_finite(tensors)
     if problems:
@@ -129,7 +128,7 @@ def read_info(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     with _opened(path) as file:
-        return _parse_header(path, file.metadata())
+        return parse_header(path, file.metadata())
 
 
 def _opened(path: Path) -> Any:
@@ -173,7 +172,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, 
     """Returns the header, the tensors that are float32, and (dtype, shape) of all tensors."""
     tensors, found = {}, {}
     with _opened(path) as file:
-        info = _parse_header(path, file.metadata())
+        info = parse_header(path, file.metadata())
         for name in file.keys():  # noqa: SIM118 not a dict
             part = file.get_slice(name)
             dtype = {"F32": "float32"}.get(part.get_dtype(), part.get_dtype())
@@ -183,59 +182,24 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, 
     return info, tensors, found
 
 
-def _parse_header(path: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
-    if not metadata or _KEY not in metadata:
-        raise UserError(
-            f"{path}: a safetensors file, but not one of ours: no {_KEY!r} in its header; convert "
-            "weights of other frameworks with tools/convert_*.py"
-        )
-    try:
-        info = json.loads(metadata[_KEY])
-        missing = [key for key in (*_DERIVED, *_TOLD) if key not in info]
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: its header is damaged: {_KEY} is not JSON ({error})") from None
-    if info.get("format") != FORMAT:
-        raise UserError(
-            f"{path}: format {info.get('format')!r}, this version of effv2_jax reads {FORMAT}; "
-            "install the version that wrote it, or a newer one"
-        )
-    if missing:
-        raise UserError(f"{path}: its header lacks {', '.join(missing)}; convert or save it again")
-    for key, kind in (("model", str), ("num_classes", int), ("overrides", dict)):
-        if not isinstance(info[key], kind):
-            raise UserError(
-                f"{path}: its header is damaged: {key} is {info[key]!r}, expected {kind.__name__}"
-            )
-    return info
-
-
 def _header(path: Path, model: EfficientNet, info: dict[str, Any]) -> dict[str, Any]:
     problems = [
-        f"info has {key!r}, expected only {', '.join(_TOLD)}"
+        f"info has {key!r}, expected only {', '.join(TOLD)}"
         for key in info
-        if key not in (*_TOLD, *_DERIVED)
+        if key not in (*TOLD, *DERIVED)
     ]
     try:
         info = {key: _plain(value) for key, value in info.items()}
     except TypeError as error:
         problems.append(f"info has what JSON cannot keep: {error}")
-    labels, preprocessing = info.get("labels"), info.get("preprocessing")
-    if labels is not None and len(labels) != model.num_classes:
-        problems.append(f"{len(labels)} labels for {model.num_classes} classes")
-    if preprocessing is not None and set(preprocessing) != set(_PREPROCESSING):
-        problems.append(
-            f"info['preprocessing'] has {sorted(preprocessing)}, expected {sorted(_PREPROCESSING)}"
-        )
-    if problems:
-        raise UserError(f"{path}: not written: {'; '.join(problems)}")
-    return {
+    header = {
         "format": FORMAT,
         "model": model.variant,
         "overrides": _overrides(model),
         "num_classes": model.num_classes,
         "image_size": info.get("image_size") or get_variant(model.variant).eval_size,
-        "preprocessing": preprocessing,
-        "labels": labels,
+        "preprocessing": info.get("preprocessing"),
+        "labels": info.get("labels"),
         "source": info.get("source"),
         "metrics": info.get("metrics") or {},
         "created_with": {
@@ -243,6 +207,9 @@ def _header(path: Path, model: EfficientNet, info: dict[str, Any]) -> dict[str, 
             **{name: importlib.metadata.version(name) for name in ("jax", "flax")},
         },
     }
+    if problems := problems + header_problems(header):
+        raise UserError(f"{path}: not written: {'; '.join(problems)}")
+    return header
 
 
 def _plain(value: Any) -> Any:

@@ -198,3 +198,9 @@ def test_a_renamed_checkpoint_is_found_where_it_is_the_only_one(tmp_path):
     (tmp_path / "a.index").write_bytes(b"")
     (tmp_path / "checkpoint").write_text('model_checkpoint_path: "model.ckpt-99"\n')
     assert find(tmp_path).where == str(tmp_path / "a")
+
+
+def test_an_index_without_its_data_says_what_to_copy(tmp_path):
+    shutil.copy(FULL / "model.ckpt-5.index", tmp_path)
+    with pytest.raises(UserError, match=r"data-00000-of-00001 is not beside .*\.index.*copy or"):
+        Bundle(find(tmp_path))

@@ -207,7 +207,21 @@ def test_safetensors_of_others_point_to_the_converters(tmp_path):
         (lambda info: info.update(model="resnet50"), "resnet50"),
         (lambda info: info["overrides"].update(breadth=2), "unknown override 'breadth'"),
         (lambda info: info.update(num_classes="many"), "num_classes"),
+        (lambda info: info.update(num_classes=-1), "num_classes is -1"),
         (lambda info: info.update(overrides=[1]), "overrides"),
+        (lambda info: info["overrides"].update(width="wide"), "describes no known network"),
+        (lambda info: info.update(image_size=0), "image_size is 0, expected pixels"),
+        (lambda info: info.update(image_size="big"), "image_size is 'big', expected pixels"),
+        (lambda info: info["labels"].pop(), "2 labels for 3 classes"),
+        (lambda info: info.update(labels=7), "labels is 7, expected a list of names or null"),
+        (lambda info: info.update(labels=[1, 2, 3]), "labels is [1, 2, 3]"),
+        (lambda info: info.update(source="here"), "source is 'here'"),
+        (lambda info: info.update(metrics=[1]), "metrics is [1]"),
+        (lambda info: info.update(preprocessing="v2"), "has 'v2', expected"),
+        (lambda info: info["preprocessing"].pop("std"), "has ['crop', 'interpolation', 'kind',"),
+        (lambda info: info["preprocessing"].update(std=[1, 0, 1]), "std is [1, 0, 1]"),
+        (lambda info: info["preprocessing"].update(mean=["a", 0, 1]), "mean is ['a', 0, 1]"),
+        (lambda info: info["preprocessing"].update(kind=None), "kind is None, expected a name"),
     ],
 )
 def test_wrong_headers_are_clear_errors(saved, change, expected):
@@ -215,9 +229,15 @@ def test_wrong_headers_are_clear_errors(saved, change, expected):
     assert expected in message_of(saved)
 
 
-@pytest.mark.parametrize("metadata", [{"effv2_jax": "{"}, {"effv2_jax": "3"}])
-def test_damaged_headers_are_clear_errors(saved, metadata):
-    rewrite(saved, metadata=metadata)
+def test_all_that_is_wrong_in_a_header_is_told_at_once(saved):
+    rewrite(saved, header=lambda info: info.update(labels=7, image_size=None, source=1))
+    message = message_of(saved)
+    assert all(f"{key} is " in message for key in ("labels", "image_size", "source"))
+
+
+@pytest.mark.parametrize("text", ["{", "3", "[1, 2]", "null"])
+def test_damaged_headers_are_clear_errors(saved, text):
+    rewrite(saved, metadata={"effv2_jax": text})
     assert "its header is damaged" in message_of(saved)
 
 
