@@ -23,6 +23,7 @@ from effv2_jax.data import imagenet
 from effv2_jax.data.examples import Source
 from effv2_jax.data.kinds import Kind, get_kind, kind_of
 from effv2_jax.data.sources import open_source
+from effv2_jax.data.synset_folders import among_imagenet
 from effv2_jax.errors import UserError
 from effv2_jax.pretrained import open_weights
 from effv2_jax.startup import enable_compilation_cache
@@ -164,6 +165,10 @@ def _from_weights(config: ConfigDict, workdir: str | Path) -> Subject:
                 f"config has {kind.name!r}: set --config.data.preprocessing={made_with.name}"
             )
         kind = made_with
+    labels = None if info["labels"] is None else tuple(info["labels"])
+    if not config.data.multilabel and labels in (None, imagenet.labels(model.num_classes)):
+        is_subset = config.eval.label_subset == "imagenet1k"
+        source = among_imagenet(source, imagenet.NUM_1K if is_subset else model.num_classes)
     model = model.clone(
         dtype=setup.compute_dtype(config.model.dtype),
         lowering=config.model.lowering,
@@ -174,7 +179,7 @@ def _from_weights(config: ConfigDict, workdir: str | Path) -> Subject:
         model=model,
         weights={"": meshes.put_replicated(variables, mesh)},
         titles={"": "weights"},
-        labels=None if info["labels"] is None else tuple(info["labels"]),
+        labels=labels,
         kind=kind,
         image_size=resolve_image_size(
             config.eval.image_size, info["image_size"], key="eval.image_size"
@@ -195,8 +200,8 @@ def _subset(config: ConfigDict, subject: Subject) -> np.ndarray | None:
         if (found, wanted) != (imagenet.NUM_21K, imagenet.NUM_1K):
             raise UserError(
                 f"eval.label_subset = 'imagenet1k': is for a network of {imagenet.NUM_21K:,} "
-                f"classes and a data set of {imagenet.NUM_1K:,}, found {found:,} ({subject.name}) "
-                f"and {wanted:,}: leave it out"
+                f"classes and a data set of {imagenet.NUM_1K:,}, or of some of these by their "
+                f"synsets, found {found:,} ({subject.name}) and {wanted:,}: leave it out"
             )
         return imagenet.subset_1k_of_21k()
     if found < wanted or (found != wanted and subject.name == config.init.weights):
@@ -232,8 +237,9 @@ def _other_name(subject: Subject) -> dict[str, Any] | None:
     ours, theirs = subject.labels, subject.source.label_names
     if not ours or not theirs or len(ours) != len(theirs):
         return None
-    if theirs == imagenet.synsets_1k() and ours == imagenet.labels_1k():
-        return None
+    for synsets in (imagenet.synsets_1k, imagenet.synsets_21k):
+        if theirs == synsets() and ours == imagenet.labels(len(ours)):
+            return None
     for index, (own, other) in enumerate(zip(ours, theirs, strict=True)):
         if own not in theirs:
             return {"class": index, "weights": own, "data": other}

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from effv2_jax.convert.weights_file import read_info
+from effv2_jax.data import imagenet
 from effv2_jax.errors import UserError
 from effv2_jax.training import evaluation, loop
 from tests.data.pictures import class_folders
@@ -167,3 +168,38 @@ def test_labels_subset_of_imagenet21k():
     config.eval.label_subset = "none"
     with pytest.raises(UserError, match=r"set --config\.eval\.label_subset=imagenet1k"):
         evaluation._subset(config, subject)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "subset", "classes"),
+    [(1000, "none", 1000), (21843, "imagenet1k", 1000), (21843, "none", 21843)],
+)
+def test_a_few_folders_named_by_synsets_are_evaluated_among_all_classes_of_imagenet(
+    tmp_path, capsys, outputs, subset, classes
+):
+    synsets = ("n01440764", "n02102040", "n03888257")  # of Imagenette
+    photos = class_folders(tmp_path / "photos" / "val", dict.fromkeys(synsets, 2)).parent
+    weights = write_weights(
+        tmp_path / "w.safetensors", labels=imagenet.labels(outputs), outputs=outputs
+    )
+    config = folder_config(photos, weights, **{"eval.label_subset": subset})
+    loop.evaluate(config, tmp_path / "out")
+    report = json.loads((tmp_path / "out/eval/eval.json").read_text())
+    rows = [row for row in report["results"]["weights"]["classes"] if row["examples"]]
+    table = imagenet.synsets_1k() if classes == 1000 else imagenet.synsets_21k()
+    assert [row["index"] for row in rows] == [table.index(synset) for synset in synsets]
+    assert [report["labels"][row["index"]] for row in rows] == [
+        "tench (n01440764)", "English springer (n02102040)", "parachute (n03888257)",
+    ]  # fmt: skip
+    assert len(report["labels"]) == report["num_classes"] == classes
+    printed = capsys.readouterr().out
+    assert f"{classes:,} classes" in printed
+    assert f"{classes - 3:,} classes have no examples here" in printed
+    assert "warning" not in printed
+
+
+def test_folders_of_which_one_is_no_synset_stay_a_data_set_of_their_own(tmp_path):
+    photos = class_folders(tmp_path / "photos" / "val", {"n01440764": 2, "cat": 2}).parent
+    weights = write_weights(tmp_path / "w.safetensors", labels=None, outputs=1000)
+    with pytest.raises(UserError, match="has 1,000 classes, the data set has 2"):
+        loop.evaluate(folder_config(photos, weights), tmp_path / "out")
