@@ -152,8 +152,10 @@ def open_folder(data_config: Any, split: str) -> FolderSource:
     train = _find_split(root, data_config.train_split)
     evaluation = _find_split(root, data_config.eval_split)
     if train is None:
-        if split == "train" or evaluation is None or data_config.eval_fraction > 0:
+        if evaluation is None or not _subfolders(evaluation):  # else a class is called like it
             return _open_single(data_config, root, split)
+        if split == "train":
+            raise _no_train_folder(data_config, root)
         train = evaluation  # nothing to train on: the classes are those of the evaluation
     classes = _subfolders(train)
     if not classes:
@@ -202,14 +204,18 @@ def _part(folder: Path, classes: list[str], split: str, fraction: float) -> Fold
     )
 
 
+def _no_train_folder(data_config: Any, root: Path) -> UserError:
+    return UserError(
+        f"data.train_split: found no folder {data_config.train_split!r} in {root} (it has "
+        f"{_listing(_subfolders(root))}); name one of them, or, if these are the classes, hold out "
+        f"a part for evaluation with data.eval_fraction=0.2"
+    )
+
+
 def _open_single(data_config: Any, root: Path, split: str) -> FolderSource:
     classes = _subfolders(root)
     if data_config.eval_fraction <= 0:
-        raise UserError(
-            f"data.train_split: found no folder {data_config.train_split!r} in {root} (it has "
-            f"{_listing(classes)}); name one of them, or, if these are the classes, hold out a "
-            f"part for evaluation with data.eval_fraction=0.2"
-        )
+        raise _no_train_folder(data_config, root)
     if not classes:
         raise UserError(f"{root}: found no sub-folder, expected one per class")
     return _part(root, classes, split, data_config.eval_fraction)

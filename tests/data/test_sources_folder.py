@@ -82,6 +82,18 @@ def test_a_fraction_of_every_class_is_held_out(tmp_path, layout):
     assert _names(evaluation) == _names(open_source(config, "eval"))
 
 
+def test_a_fraction_is_not_held_out_of_a_folder_that_has_a_split_for_evaluation_only(tmp_path):
+    pictures.class_folders(tmp_path / "photos" / "val", {"a": 2, "b": 3})
+    config = _config("folder", tmp_path / "photos", eval_fraction=0.2)
+    evaluation = open_source(config, "eval")
+    assert (evaluation.label_names, _labels(evaluation)) == (("a", "b"), [0, 0, 1, 1, 1])
+    with pytest.raises(UserError, match=r"no folder 'train' in .* \(it has val\)"):
+        open_source(config, "train")
+    pictures.class_folders(tmp_path / "classes", {"val": 5, "key": 5})
+    config = _config("folder", tmp_path / "classes", eval_fraction=0.2)
+    assert open_source(config, "train").label_names == ("key", "val")
+
+
 def test_a_class_of_one_is_trained_on():
     mask = held_out(np.array([0, 1, 1, 1, 1]), 0.5)
     assert not mask[0]
