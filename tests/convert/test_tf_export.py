@@ -14,16 +14,6 @@ from effv2_jax.convert.tensor_bundle import Bundle
 from effv2_jax.models.network import init_variables
 
 
-@pytest.fixture(scope="module")
-def model():
-    return create_model("testing", num_classes=3)
-
-
-@pytest.fixture(scope="module")
-def variables(model):
-    return init_variables(model, 0)
-
-
 @pytest.mark.parametrize("averages", [False, True])
 @pytest.mark.parametrize("prefix", [None, "", "some/name"])
 def test_a_checkpoint_comes_back_bit_by_bit(tmp_path, model, variables, prefix, averages):

@@ -36,16 +36,6 @@ INFO = {
 }
 
 
-@pytest.fixture(scope="module")
-def model():
-    return create_model("testing", num_classes=3)
-
-
-@pytest.fixture(scope="module")
-def variables(model):
-    return init_variables(model, 0)
-
-
 @pytest.fixture
 def saved(tmp_path, model, variables):
     path = tmp_path / "weights.safetensors"
