@@ -2,12 +2,13 @@
 
     python tools/benchmark.py step --model efficientnetv2-b0 --image-size 192 --batch 8,16
     python tools/benchmark.py step --lowering plain,cpu        # compared in turns: A B A B ...
+    python tools/benchmark.py step --peer timm,keras-tf        # the same in other frameworks
     python tools/benchmark.py input                            # reading, decoding, resizing
     python tools/benchmark.py augment                          # every operation on the device
     python tools/benchmark.py compile-only h200                # counts what a step costs there
     python tools/benchmark.py PART --help
 
-To measure on one core, bind the process to it: `taskset -c 1 python tools/benchmark.py step`.
+`step --cores 1` measures on one core; other parts are bound to it: `taskset -c 1 python ...`.
 """
 
 import importlib

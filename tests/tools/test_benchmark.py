@@ -1,5 +1,6 @@
 """The benchmarks: what they report, and what they say of wrong arguments."""
 
+import csv
 import json
 import os
 import subprocess
@@ -9,6 +10,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+import benchmark  # noqa: E402
 
 
 def _benchmark(*arguments):
@@ -22,30 +26,79 @@ def _benchmark(*arguments):
     )
 
 
-def test_variants_are_measured_in_turns_and_every_number_is_written(tmp_path):
-    file = tmp_path / "result.json"
-    done = _benchmark(
+def test_training_and_inference_are_measured_and_every_number_is_written(tmp_path):
+    file, table = tmp_path / "result.json", tmp_path / "result.csv"
+    arguments = (
         *("step", "--model", "testing", "--image-size", "32", "--batch", "4", "--devices", "2"),
-        *("--lowering", "plain,cpu", "--rounds", "3", "--steps", "1", "--json", str(file)),
+        *("--rounds", "3", "--steps", "1", "--cache"),
+        *("--json", str(file), "--csv", str(table)),
     )
+    done = _benchmark(*arguments)
     assert done.returncode == 0, done.stderr
     content = json.loads(file.read_text())
-    assert content["environment"]["devices"] == 2
-    assert content["environment"]["matmul_peak_gflops"]["float32"] > 0
-    assert "tuning: none (refused)" in done.stdout
-    results = content["results"]
-    kinds = [("train", "plain"), ("train", "cpu"), ("infer", "plain"), ("infer", "cpu")]
-    assert [(r["mode"], r["lowering"]) for r in results] == kinds
-    for result in results:
+    (machine,) = content["machines"]
+    assert machine["devices"] == 2
+    assert machine["matmul_flops"]["float32"] > 0
+    assert machine["copy_bytes"] > 0
+    assert "none (refused)" in done.stdout
+    train, infer = content["results"]
+    assert (train["mode"], infer["mode"]) == ("train", "infer")
+    for result in (train, infer):
         low, high = result["range"]
         assert 0 < low <= result["images_per_second"] <= high
         assert len(result["rounds"]) == 3
-        assert result["memory_bytes"] > 0
+        assert result["program_bytes"] > 0
+        assert result["resident_bytes"] > 0
         assert result["compile_seconds"] > 0
-        assert 0 < result["share_of_peak"] < 1
-    assert results[0]["multiply_adds_per_image"] == 3 * results[2]["multiply_adds_per_image"]
-    for mode in ("train", "infer"):
-        assert f"{mode}: cpu / plain = " in done.stdout
+        assert result["xla"]["flops"] > 0
+        assert result["share_of_matmul"] > 0
+        assert result["param_count"] == 65_536
+    assert train["operations_per_image"] == 3 * infer["operations_per_image"]
+
+    (row,) = csv.DictReader(table.open())
+    assert row["model"] == "testing"
+    assert float(row["train_samples_per_sec"]) == round(train["images_per_second"], 2)
+    assert float(row["infer_step_time"]) == round(infer["step_ms"], 3)
+    assert (row["infer_batch_size"], row["train_img_size"]) == ("4", "32")
+    assert row["param_count"] == "0.07"
+
+    again = _benchmark(*arguments, "--resume")
+    assert again.returncode == 0
+    assert "images/s" not in again.stdout  # nothing was missing
+    assert json.loads(file.read_text()) == content
+
+
+@pytest.mark.slow
+def test_lowerings_are_measured_in_turns(tmp_path):
+    file = tmp_path / "result.json"
+    done = _benchmark(
+        *("step", "--model", "testing", "--image-size", "32", "--batch", "4", "--devices", "1"),
+        *("--lowering", "plain,cpu", "--rounds", "3", "--steps", "1", "--json", str(file)),
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(file.read_text())["results"]
+    kinds = [("train", "plain"), ("train", "cpu"), ("infer", "plain"), ("infer", "cpu")]
+    assert [(r["mode"], r["lowering"]) for r in results] == kinds
+    assert all(result["in_turns"] for result in results)
+    assert [len(r.get("pairs", ())) for r in results] == [0, 3, 0, 3]
+    assert done.stdout.count("effv2_jax plain / effv2_jax cpu = ") == 2
+
+
+@pytest.mark.slow
+def test_a_recipe_is_measured_at_the_sizes_and_batches_of_its_stages(tmp_path):
+    file = tmp_path / "result.json"
+    done = _benchmark(
+        *("step", "--recipe", "configs/digits.py", "--devices", "1", "--rounds", "1"),
+        *("--steps", "1", "--cache", "--json", str(file)),
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(file.read_text())["results"]
+    assert [(r["image_size"], r["batch"], r["stage"]) for r in results] == [
+        (20, 64, 0),
+        (26, 64, 1),
+        (32, 64, 2),
+    ]
+    assert "configs/digits.py stage 3" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -58,16 +111,22 @@ def test_variants_are_measured_in_turns_and_every_number_is_written(tmp_path):
         (("step", "--dtype", "float8"), "'float8'; expected float32, bfloat16"),
         (("step", "--lowering", "fast"), "'fast'; expected auto, plain, cpu"),
         (("step", "--speed", "11"), "--speed"),
-        (("step", "--json", "no/such/folder/x.json"), "does not exist"),
+        (("step", "--json", "no/such/folder/x.json"), "there is no folder"),
+        (("step", "--resume"), "name it with --json"),
+        (("step", "--cores", "1000"), "'1000'; expected 1 to"),
+        (("step", "--peer", "mxnet"), "'mxnet'; expected timm, torchvision"),
+        (("step", "--peer", "torchvision"), "it has no efficientnetv2-b0"),
+        (("step", "--peer", "timm", "--recipe", "official"), "peers train with plain SGD"),
+        (("step", "--recipe", "configs/v3.py"), "no config file 'configs/v3.py'"),
     ],
 )
-def test_wrong_arguments_are_one_line_and_exit_code_2(arguments, message):
-    done = _benchmark(*arguments)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    assert message in done.stderr
+def test_wrong_arguments_are_one_line_and_exit_code_2(arguments, message, capsys):
+    assert benchmark.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
 
 
 def test_augmentation_is_measured_per_operation():
