@@ -3,6 +3,8 @@
     python tools/benchmark.py step --model efficientnetv2-b0 --image-size 192 --batch 8,16
     python tools/benchmark.py step --lowering plain,cpu        # compared in turns: A B A B ...
     python tools/benchmark.py step --peer timm,keras-tf        # the same in other frameworks
+    python tools/benchmark.py block --model efficientnetv2-s   # stem, blocks and head alone
+    python tools/benchmark.py roofline                         # how near to the machine's limit
     python tools/benchmark.py input                            # reading, decoding, resizing
     python tools/benchmark.py augment                          # every operation on the device
     python tools/benchmark.py compile-only h200                # counts what a step costs there
@@ -22,6 +24,8 @@ from effv2_jax.errors import UserError
 # Part -> its module, beside this file; each has `run(arguments)`.
 PARTS = {
     "step": "benchmarks.step",
+    "block": "benchmarks.block",
+    "roofline": "benchmarks.roofline",
     "input": "benchmarks.input",
     "augment": "benchmarks.augment",
     "compile-only": "benchmarks.compile_only",

@@ -101,6 +101,44 @@ def test_a_recipe_is_measured_at_the_sizes_and_batches_of_its_stages(tmp_path):
     assert "configs/digits.py stage 3" in done.stdout
 
 
+@pytest.mark.slow
+def test_parts_of_a_network_are_measured_alone(tmp_path):
+    file = tmp_path / "result.json"
+    arguments = (
+        *("block", "--model", "testing", "--image-size", "32", "--batch", "4", "--cache"),
+        *("--rounds", "2", "--seconds", "0.01", "--json", str(file)),
+    )
+    done = _benchmark(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert "sum of all blocks" in done.stdout
+    found = json.loads(file.read_text())["results"]
+    assert len(found) == 3 * 8  # parts of the network, each in three ways
+    for infer, _, train in zip(*(iter(found),) * 3, strict=True):
+        assert 0 < infer["bound_ms"] < train["bound_ms"]
+        assert min(infer["ms"], train["ms"]) > 0
+    again = _benchmark(*arguments, "--resume")
+    assert "blocks" not in again.stdout
+
+
+@pytest.mark.slow
+def test_the_kernels_of_a_step_are_found_and_are_the_networks(tmp_path):
+    file = tmp_path / "result.json"
+    done = _benchmark(
+        *("roofline", "--model", "testing", "--image-size", "64", "--batch", "8", "--devices"),
+        *("1", "--cache", "--rounds", "2", "--steps", "4", "--json", str(file)),
+    )
+    assert done.returncode == 0, done.stderr
+    for record in json.loads(file.read_text())["results"]:
+        layers = {layer for layer, *_ in record["kernels"]}
+        kinds = {"stem", "dense", "pointwise", "depthwise", "head", "classifier"}
+        assert layers >= kinds == set(record["layers"])
+        passes = {kernel[2] for kernel in record["kernels"]}
+        assert passes == ({"forward", "backward"} if record["mode"] == "train" else {"forward"})
+        rest = sum(ms for layer, *_, ms in record["kernels"] if layer == "rest")
+        assert rest < 0.5 * record["wall_ms"]
+    assert "spent on" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -117,6 +155,8 @@ def test_a_recipe_is_measured_at_the_sizes_and_batches_of_its_stages(tmp_path):
         (("step", "--peer", "mxnet"), "'mxnet'; expected timm, torchvision"),
         (("step", "--peer", "torchvision"), "it has no efficientnetv2-b0"),
         (("step", "--peer", "timm", "--recipe", "official"), "peers train with plain SGD"),
+        (("block", "--lowering", "fast"), "'fast'; expected auto, plain, cpu"),
+        (("roofline", "--mode", "both"), "'both'; expected train, infer"),
         (("step", "--recipe", "configs/v3.py"), "no config file 'configs/v3.py'"),
     ],
 )

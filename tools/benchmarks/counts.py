@@ -48,6 +48,8 @@ class Layer:
         kind: stem, dense, pointwise, depthwise, head or classifier.
         inputs: elements read.
         outputs: elements written.
+        side: of the outputs, in pixels.
+        features: channels of the outputs.
         weights: parameters, those of the norm and of the gate too.
         multiply_adds: of a forward pass.
         gated: whether squeeze-excite follows.
@@ -60,6 +62,8 @@ class Layer:
     kind: str
     inputs: int
     outputs: int
+    side: int
+    features: int
     weights: int
     multiply_adds: int
     gated: bool = False
@@ -84,6 +88,33 @@ class Layer:
         total += 3 * written * self.gated + 2 * written * self.shortcut + read * self.first
         # The head's pooling: one more pass forward, and one less backward.
         return total - (read if self.kind == "stem" else 0) + weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """The least time of a layer, and what it is spent on.
+
+    Attributes:
+        seconds: for one image.
+        by: "matmul" or "copy", whichever takes longer.
+    """
+
+    seconds: float
+    by: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """What a machine reaches: operations a second, and bytes a second read and written."""
+
+    matmul_flops: float
+    copy_bytes: float
+
+    def bound(self, layer: Layer, mode: str, *, dtype: str, batch: int) -> Bound:
+        """The roofline of a layer: it takes as long as the slower of its two needs."""
+        arithmetic = layer.operations(mode) / self.matmul_flops
+        traffic = layer.bytes(mode, dtype=dtype, batch=batch) / self.copy_bytes
+        return Bound(max(arithmetic, traffic), "matmul" if arithmetic >= traffic else "copy")
 
 
 def count_layers(
@@ -115,6 +146,8 @@ def _layers(network: Network, size: int, num_classes: int) -> Iterator[Layer]:
         kind="classifier",
         inputs=features,
         outputs=num_classes,
+        side=1,
+        features=num_classes,
         weights=features * num_classes + num_classes,
         multiply_adds=features * num_classes,
     )
@@ -191,6 +224,8 @@ def _convolution(
         kind=kind,
         inputs=before * before * channels,
         outputs=after * after * features,
+        side=after,
+        features=features,
         weights=weights + 2 * features,
         multiply_adds=weights * after * after,
         shortcut=shortcut,

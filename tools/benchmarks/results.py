@@ -84,6 +84,7 @@ def records(case: Case, measured: Sequence[contest.Measured], rates: Mapping) ->
     for one in measured:
         median, low, high = contest.rate(one, case.batch)
         record = {
+            "kind": "step",
             **dataclasses.asdict(case),
             "framework": one.contestant.name,
             "asked": dict(one.contestant.asked),
@@ -106,6 +107,8 @@ def records(case: Case, measured: Sequence[contest.Measured], rates: Mapping) ->
             "bytes_per_second": median * least,
             "share_of_matmul": median * work / rates["matmul_flops"][case.dtype],
             "share_of_copy": median * least / rates["copy_bytes"],
+            "matmul_flops": rates["matmul_flops"][case.dtype],
+            "copy_bytes": rates["copy_bytes"],
             **one.facts,
             "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
             "time": contest.utc(),
@@ -138,9 +141,11 @@ class Results:
             content = read(json_path)
             self.machines, self.records = content["machines"], content["results"]
 
-    def has(self, case: Case, contestants: Iterable[contest.Contestant]) -> bool:
+    def has(
+        self, case: Case, contestants: Iterable[contest.Contestant], *, kind: str = "step"
+    ) -> bool:
         """Whether a case was measured with all of these, told to compute as they are now."""
-        found = [_who(record) for record in self.records if _is_of(record, case)]
+        found = [_who(r) for r in self.records if r["kind"] == kind and _is_of(r, case)]
         return all((one.name, dict(one.asked)) in found for one in contestants)
 
     def candidate(self, case: Case, framework: str, asked: Mapping[str, Any]) -> str | None:
@@ -149,7 +154,7 @@ class Results:
         Which way is faster is a question of the network, the image size and the cores; trying all
         again at every batch size would take most of the time.
         """
-        for record in self.records:
+        for record in steps(self.records):
             other = dataclasses.replace(case, batch=record["batch"])
             if _is_of(record, other) and _who(record) == (framework, dict(asked)):
                 return record.get("candidate")
@@ -157,12 +162,9 @@ class Results:
 
     def add(self, new: Sequence[Record]) -> None:
         """Adds records, instead of older ones of the same, and writes the files."""
-
-        def key(record: Record) -> tuple:
-            return (*_who(record), *(record[field.name] for field in dataclasses.fields(Case)))
-
-        fresh = [key(record) for record in new]
-        self.records = [record for record in self.records if key(record) not in fresh] + [*new]
+        fresh = [_identity(record) for record in new]
+        kept = [record for record in self.records if _identity(record) not in fresh]
+        self.records = [*kept, *new]
         self.write()
 
     def write(self) -> None:
@@ -174,7 +176,7 @@ class Results:
             with atomic.replacing(self._csv) as temporary, temporary.open("w", newline="") as file:
                 writer = csv.DictWriter(file, _COLUMNS, restval="")
                 writer.writeheader()
-                writer.writerows(_rows(self.records))
+                writer.writerows(_rows(steps(self.records)))
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -192,8 +194,19 @@ def read(path: str | Path) -> dict[str, Any]:
     raise UserError(f"{path}: no results; expected a JSON file that tools/benchmark.py wrote")
 
 
+def steps(found: Iterable[Record]) -> list[Record]:
+    """Those of training and inference steps, among records of all kinds."""
+    return [record for record in found if record["kind"] == "step"]
+
+
 def _is_of(record: Record, case: Case) -> bool:
     return all(record[key] == value for key, value in dataclasses.asdict(case).items())
+
+
+def _identity(record: Record) -> tuple:
+    """What tells a record from all others."""
+    keys = ("kind", "part", "pass", *(field.name for field in dataclasses.fields(Case)))
+    return (*_who(record), *(record.get(key) for key in keys))
 
 
 def _who(record: Record) -> tuple[str, dict[str, Any]]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import kernels
 from serve import Prepared, RefusedError, serve
 
 from effv2_jax import startup
@@ -53,7 +54,14 @@ def _prepared(task: Mapping[str, Any]) -> Prepared:
         "xla": _counted(program.run),
         "param_count": parameters,
     }
-    return Prepared(run=run, facts=facts, device_bytes=_device_bytes)
+    return Prepared(
+        run=run,
+        facts=facts,
+        device_bytes=_device_bytes,
+        profile=lambda steps: kernels.profile(
+            program.run, run, steps=steps, blocks=_network(task).block_specs
+        ),
+    )
 
 
 def _python() -> dict[str, str]:
@@ -157,7 +165,8 @@ def _of_config(task: Mapping[str, Any], mesh: Any) -> tuple[Any, Any, Any, Any]:
 
     sys.path.append(str(Path(__file__).parent.parent))
     configured = importlib.import_module("configured")
-    parts = setup.prepare(configured.load(task["config"], devices=mesh.size))
+    config = configured.load(task["config"], devices=mesh.size, overrides=task["overrides"])
+    parts = setup.prepare(config)
     model = parts.mesh_model.clone(lowering=task["lowering"])
     return model, parts.recipe, parts.stages[task["stage"]], setup.initial_state(parts)
 

@@ -2,6 +2,7 @@
 
     {"do": "prepare", ...the task...}  -> what `prepare` says: settings, versions, compile_seconds
     {"do": "run", "steps": 3}          -> {"wall": seconds, "processor": seconds}
+    {"do": "profile", "steps": 3}      -> see kernels.py; only effv2_worker.py answers
     {"do": "memory"}                   -> {"resident_bytes": ..., "device_bytes": ...}
     {"do": "quit"}
 
@@ -34,11 +35,13 @@ class Prepared:
         facts: for the record, JSON values.
         device_bytes: peak memory of the accelerator since it was last asked; None where there is
             none or it does not say.
+        profile: makes so many steps and says what they were spent on.
     """
 
     run: Callable[[int], None]
     facts: dict[str, Any]
     device_bytes: Callable[[], int | None] = lambda: None
+    profile: Callable[[int], dict[str, Any]] | None = None
 
 
 def serve(prepare: Callable[[Mapping[str, Any]], Prepared]) -> None:
@@ -58,6 +61,8 @@ def serve(prepare: Callable[[Mapping[str, Any]], Prepared]) -> None:
                 _forget_peak()
             elif message["do"] == "run":
                 answer = _run(prepared, message["steps"])
+            elif message["do"] == "profile":
+                answer = prepared.profile(message["steps"])
             else:
                 peak = _resident("VmHWM")
                 answer = {

@@ -1,0 +1,165 @@
+"""What steps need at least, and to which layer a kernel belongs."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+sys.path.insert(0, str(ROOT / "tools" / "benchmarks" / "workers"))
+
+import kernels  # noqa: E402
+from benchmarks import block, counts, roofline  # noqa: E402
+from benchmarks.results import Case  # noqa: E402
+
+from effv2_jax.models.block_spec import expand_blocks  # noqa: E402
+from effv2_jax.models.summary import summarize, totals  # noqa: E402
+from effv2_jax.models.variants import get_variant  # noqa: E402
+
+NETWORKS = ("testing", "efficientnetv2-b0", "efficientnetv2-s", "efficientnet-b0")
+
+
+@pytest.mark.parametrize("model", NETWORKS)
+@pytest.mark.parametrize("size", [75, 192])
+def test_layers_add_up_to_the_network(model, size):
+    rows = summarize(get_variant(model), image_size=size)
+    layers = counts.count_layers(get_variant(model), image_size=size)
+    _, parameters, _, multiply_adds = totals(rows)
+    assert sum(layer.multiply_adds for layer in layers) == multiply_adds
+    assert sum(layer.weights for layer in layers) == parameters
+    for row in rows[:-1]:  # all but the classifier
+        last = [layer for layer in layers if layer.stage == row.stage][-1]
+        assert (last.side, last.side, last.features) == row.output
+
+
+def _layer(**changes):
+    return counts.Layer(**{
+        "stage": "1", "kind": "pointwise", "inputs": 100, "outputs": 10, "side": 1, "features": 10,
+        "weights": 0, "multiply_adds": 50, **changes,
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "infer", "train"),
+    [
+        ({}, 110, 340),  # 110 forward, 3 x 10 + 2 x 100 backward
+        ({"gated": True}, 110, 370),  # + 3 x 10
+        ({"shortcut": True}, 120, 360),  # + 2 x 10
+        ({"first": True}, 110, 440),  # + 100
+        ({"weights": 8}, 118, 388),  # + 6 x 8: parameters at batch 1
+    ],
+)
+def test_least_bytes_are_those_of_the_text(changes, infer, train):
+    layer = _layer(**changes)
+    assert layer.bytes("infer", dtype="float32", batch=1) == 4 * infer
+    assert layer.bytes("train", dtype="float32", batch=1) == 4 * train
+    assert layer.operations("train") == 3 * layer.operations("infer") == 300
+
+
+def test_pictures_are_bytes_and_need_no_gradient():
+    stem = _layer(kind="stem")
+    assert stem.bytes("infer", dtype="float32", batch=1) == 100 + 4 * 10
+    assert stem.bytes("train", dtype="float32", batch=1) == 2 * 100 + 4 * 4 * 10
+
+
+def test_a_layer_is_bound_by_the_slower_of_its_two_needs():
+    arithmetic = counts.Rates(1.0, 1e9).bound(_layer(), "infer", dtype="float32", batch=1)
+    assert (arithmetic.seconds, arithmetic.by) == (100, "matmul")
+    traffic = counts.Rates(1e9, 1.0).bound(_layer(), "infer", dtype="float32", batch=1)
+    assert (traffic.seconds, traffic.by) == (440, "copy")
+
+
+def test_the_bound_of_a_step_counts_the_whole_batch():
+    case = Case(
+        model="testing", image_size=32, batch=4, dtype="float32", cores=1, mode="infer"
+    )  # fmt: skip
+    rows = roofline.layer_bounds(case, counts.Rates(1e9, 1e30))
+    multiply_adds = totals(summarize(get_variant("testing"), image_size=32))[3]
+    assert sum(row["operations"] for row in rows.values()) == 4 * 2 * multiply_adds
+    assert sum(row["bound_ms"] for row in rows.values()) == pytest.approx(8e-6 * multiply_adds)
+    assert all(row["arithmetic_ms"] == row["bound_ms"] for row in rows.values())
+
+
+@pytest.mark.parametrize("model", NETWORKS)
+def test_parts_of_a_network_are_all_its_blocks(model):
+    variant = get_variant(model)
+    parts = block.parts_of(model, 224)
+    blocks = len(expand_blocks(variant.blocks, width=variant.width, depth=variant.depth))
+    assert sum(part.count for part in parts if part.part == "block") == blocks
+    assert (parts[0].part, parts[0].input) == ("stem", (224, 224, 3))
+    assert (parts[-1].part, parts[-1].block) == ("head", None)
+    work = sum(part.count * counts.total(part.layers, "infer", dtype="float32", batch=1)[0]
+               for part in parts)  # fmt: skip
+    classifier = 2 * counts.count_layers(variant, image_size=224)[-1].multiply_adds
+    assert work + classifier == 2 * totals(summarize(variant, image_size=224))[3]
+
+
+FORWARD = "jit(f)/shard_map/jvp(EfficientNet)/"
+BACKWARD = "jit(f)/transpose(jvp(EfficientNet))/"
+
+
+@pytest.mark.parametrize(
+    ("name", "owners"),
+    [
+        (FORWARD + "stem/conv/conv_general_dilated", {("stem", "convolution", "forward"): 1}),
+        (FORWARD + "blocks_1/expand_conv/dot_general", {("dense", "convolution", "forward"): 1}),
+        (FORWARD + "blocks_1/expand_norm/norm._moments/div", {("dense", "norm", "forward"): 1}),
+        (FORWARD + "blocks_1/jit(silu)/mul", {("dense", "activation", "forward"): 1}),
+        (BACKWARD + "blocks_1/project_conv/add", {("pointwise", "convolution", "backward"): 1}),
+        (FORWARD + "blocks_0/project_norm/mul", {("dense", "norm", "forward"): 1}),
+        (BACKWARD + "blocks_4/depthwise_conv/mul", {("depthwise", "convolution", "backward"): 1}),
+        (
+            BACKWARD + "blocks_4/blocks_4._squeeze_excite/se/reduce/dot_general",
+            {("depthwise", "squeeze-excite", "backward"): 1},
+        ),
+        (
+            FORWARD + "blocks_4/jit(silu)/logistic",
+            {
+                ("pointwise", "activation", "forward"): 0.5,
+                ("depthwise", "activation", "forward"): 0.5,
+            },
+        ),
+        (BACKWARD + "blocks_4/add_any", {("pointwise", "shortcut", "backward"): 1}),
+        (
+            "jit(f)/EfficientNet/classifier/dot_general",
+            {("classifier", "convolution", "forward"): 1},
+        ),
+        (FORWARD + "reduce_sum", {("head", "pooling", "forward"): 1}),
+        ("jit(f)/sub", {("rest", "update, loss, copies", "forward"): 1}),
+        ("", {("rest", "update, loss, copies", "forward"): 1}),
+    ],
+)  # fmt: skip
+def test_a_kernel_belongs_to_the_layer_that_asked_for_it(name, owners):
+    variant = get_variant("testing")
+    blocks = expand_blocks(variant.blocks, width=variant.width, depth=variant.depth)
+    assert kernels.owners_of_operation(name, blocks) == owners
+
+
+def test_a_copy_without_a_name_belongs_to_what_it_copies_for():
+    text = """\
+HloModule jit_f
+
+%fused.1 (p: f32[2]) -> f32[2] {
+  %p = f32[2]{0} parameter(0)
+  ROOT %copy.1 = f32[2]{0} copy(%p), metadata={op_name="jit(f)/jvp(EfficientNet)/stem/conv/rev"}
+}
+
+ENTRY %main (a: f32[2]) -> f32[2] {
+  %a = f32[2]{0} parameter(0), metadata={op_name="a"}
+  ROOT %fusion.7 = f32[2]{0} fusion(%a), kind=kLoop, calls=%fused.1
+}
+"""
+    owners = kernels.owners_of(text, ())
+    assert owners["fusion.7"] == {("stem", "convolution", "forward"): 1}
+    assert "copy.1" not in owners
+
+
+def test_kernel_times_are_those_of_a_step_that_is_not_profiled():
+    record = {
+        "step_ms": 50.0,
+        "wall_ms": 100.0,
+        "kernels": [["stem", "norm", "forward", 10.0], ["stem", "norm", "backward", 30.0]],
+    }
+    assert roofline.kernel_times(record, "layer") == {"stem": 20.0}
+    assert roofline.kernel_times(record, "part", "pass")["norm", "backward"] == 15.0

@@ -1,0 +1,174 @@
+"""Measures how near a step comes to the machine's limit: `python tools/benchmark.py roofline -h`.
+
+Of every kind of layer: operations and least bytes (tools/benchmarks/counts.py), the least time that
+the machine's measured matrix and copy rates allow, and the time its kernels took, by a profile of a
+few steps; then on what the step is spent.
+"""
+
+import argparse
+import collections
+import itertools
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks import arguments as shared
+from benchmarks import contest, counts, own
+from benchmarks.results import Case, Record, Results, describe_machine
+from effv2_jax.command import Parser, say
+
+_MODES = ("train", "infer")
+_KINDS = ("stem", "dense", "pointwise", "depthwise", "head", "classifier")
+
+_EPILOG = """\
+Layers include what rides along: their norm, activation, squeeze-excite, shortcut, pooling. The
+bound is the larger of operations / matrix rate and bytes / copy rate, layer by layer; "limited by
+matmul" says how much of it is arithmetic. A kernel that does several things counts for the last.
+"""
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Measures, prints and writes.
+
+    Raises:
+        UserError: arguments that are wrong.
+    """
+    parser = Parser(__doc__.splitlines()[0], _EPILOG, prog="tools/benchmark.py roofline")
+    shared.add_cases(parser)
+    shared.add_list(parser, "--mode", "train,infer", text="which steps")
+    shared.add_list(parser, "--lowering", "auto", text="auto, plain, cpu")
+    shared.add_measuring(parser)
+    flags = parser.parse_args(arguments)
+    shared.check_choice("--mode", flags.mode, _MODES)
+    shared.check_choice("--lowering", flags.lowering, shared.LOWERINGS)
+    shared.check(flags)
+    measure(flags, Results(flags.json, None, resume=flags.resume))
+
+
+def measure(flags: argparse.Namespace, results: Results) -> None:
+    """Measures all cases of the flags."""
+    machines: dict[int, Any] = {}
+    for count, dtype, name, size, batch, mode, lowering in itertools.product(
+        flags.cores, flags.dtype, flags.model, flags.image_size, flags.batch, flags.mode,
+        flags.lowering,
+    ):  # fmt: skip
+        case = Case(model=name, image_size=size, batch=batch, dtype=dtype, cores=count, mode=mode)
+        contestant = own.contestant(case, flags, lowering=lowering)
+        if results.has(case, [contestant], kind="roofline"):
+            continue
+        cores = own.cores_of(count)
+        if count not in machines:
+            machines[count] = own.measure_machine(flags, cores)
+            results.machines.append(machines[count])
+            print(f"{describe_machine(machines[count])}\n", flush=True)
+        say(str(case))
+        record = _measure(case, contestant, flags, cores, machines[count])
+        results.add([record])
+        print(f"{table(record)}\n", flush=True)
+
+
+def _measure(
+    case: Case,
+    contestant: contest.Contestant,
+    flags: argparse.Namespace,
+    cores: Sequence[int],
+    machine: dict[str, Any],
+) -> Record:
+    environment = contest.environment_of(contestant, {})
+    with contest.Worker(contestant, cores=cores, environment=environment) as worker:
+        facts = worker.ask("prepare", **contestant.task)
+        first = min(worker.ask("run", steps=1)["wall"] for _ in range(2))
+        steps = flags.steps or max(1, min(1000, round(flags.seconds / first)))
+        walls = [worker.ask("run", steps=steps)["wall"] for _ in range(flags.rounds)]
+        profile = worker.ask("profile", steps=max(2, min(steps, 10)))
+    rates = counts.Rates(machine["matmul_flops"][case.dtype], machine["copy_bytes"])
+    return {
+        "kind": "roofline",
+        **{key: getattr(case, key) for key in case.__dataclass_fields__},
+        "framework": contestant.name,
+        "asked": dict(contestant.asked),
+        "step_ms": 1e3 * statistics.median(walls),
+        "range_ms": [1e3 * min(walls), 1e3 * max(walls)],
+        "matmul_flops": rates.matmul_flops,
+        "copy_bytes": rates.copy_bytes,
+        "layers": layer_bounds(case, rates),
+        **profile,
+        **facts,
+        "time": contest.utc(),
+    }
+
+
+def layer_bounds(case: Case, rates: counts.Rates) -> dict[str, dict[str, float]]:
+    """Returns of each kind of layer what a batch needs, and the least time it takes."""
+    from effv2_jax.models.variants import get_variant
+
+    found: dict[str, dict[str, float]] = {}
+    for layer in counts.count_layers(get_variant(case.model), image_size=case.image_size):
+        options = {"dtype": case.dtype, "batch": case.batch}
+        bound = rates.bound(layer, case.mode, **options)
+        row = found.setdefault(
+            layer.kind, {"operations": 0, "bytes": 0, "bound_ms": 0, "arithmetic_ms": 0}
+        )
+        milliseconds = 1e3 * case.batch * bound.seconds
+        row["operations"] += case.batch * layer.operations(case.mode)
+        row["bytes"] += case.batch * layer.bytes(case.mode, **options)
+        row["bound_ms"] += milliseconds
+        row["arithmetic_ms"] += milliseconds * (bound.by == "matmul")
+    return found
+
+
+def kernel_times(record: Record, *keys: str) -> dict[Any, float]:
+    """Adds up the kernels of a record by "layer", "part" and "pass", in ms of an undisturbed step.
+
+    Profiling slows the step down; the times are scaled to what it takes without.
+    """
+    scale = record["step_ms"] / record["wall_ms"]
+    positions = [("layer", "part", "pass").index(key) for key in keys]
+    sums: dict[Any, float] = collections.defaultdict(float)
+    for kernel in record["kernels"]:
+        chosen = tuple(kernel[position] for position in positions)
+        sums[chosen if len(chosen) > 1 else chosen[0]] += scale * kernel[3]
+    return sums
+
+
+def table(record: Record) -> str:
+    """A record for a reader."""
+    times = kernel_times(record, "layer")
+    lines = [
+        f"{record['model']}, {record['image_size']} px, batch {record['batch']}, "
+        f"{record['dtype']}, {record['cores']} core{'s' * (record['cores'] > 1)}, "
+        f"{record['mode']}: {record['step_ms']:,.1f} ms",
+        f"{'layers':<22}{'GFLOP':>9}{'least MB':>10}{'bound ms':>10}{'by matmul':>11}"
+        f"{'kernels ms':>12}{'of bound':>10}",
+    ]
+    total = dict.fromkeys(("operations", "bytes", "bound_ms", "arithmetic_ms"), 0.0)
+    for kind in _KINDS:
+        row = record["layers"].get(kind)
+        if row is None:
+            continue
+        lines.append(_line(kind, row, times[kind]))
+        total = {key: value + row[key] for key, value in total.items()}
+    lines.append(_line("the step", total, record["step_ms"]))
+    spent = kernel_times(record, "part", "pass")
+    lines += ["", f"{'spent on':<22}{'forward':>9}{'backward':>10}{'share':>10}"]
+    parts = kernel_times(record, "part")
+    for part in sorted(parts, key=parts.get, reverse=True):
+        forward, backward = spent[part, "forward"], spent[part, "backward"]
+        share = parts[part] / record["step_ms"]
+        lines.append(f"{part:<22}{forward:>9.1f}{backward or 0:>10.1f}{share:>10.0%}")
+    between = record["step_ms"] - sum(parts.values())
+    lines.append(
+        f"{'no kernel':<22}{between:>9.1f}{'':>10}{between / record['step_ms']:>10.0%}"
+        if between >= 0
+        else f"kernels overlap: together {-between:.1f} ms more than the step"
+    )
+    return "\n".join(lines)
+
+
+def _line(name: str, row: dict[str, float], milliseconds: float) -> str:
+    reached = row["bound_ms"] / milliseconds if milliseconds else 0.0
+    return (
+        f"{name:<22}{row['operations'] / 1e9:>9.2f}{row['bytes'] / 1e6:>10.1f}"
+        f"{row['bound_ms']:>10.1f}{row['arithmetic_ms'] / row['bound_ms']:>11.0%}"
+        f"{milliseconds:>12.1f}{reached:>10.0%}"
+    )

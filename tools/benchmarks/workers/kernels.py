@@ -1,0 +1,152 @@
+"""Which layer every kernel of a compiled step belongs to, and how long the kernels take.
+
+XLA writes into its programs from which operation of the network an instruction came; a profile of a
+few steps has the time of each. A kernel that does several things counts for the last of them.
+"""
+
+import collections
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+# (layer, part, pass) -> share of the kernel.
+Shares = dict[tuple[str, str, str], float]
+
+_NETWORK = re.compile(r"EfficientNet\)*/(.+)")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?(\S+) = ")
+_OPERATION = re.compile(r'op_name="([^"]*)"')
+_CALLED = re.compile(r"calls=%?([\w.\-]+)")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
+
+
+def profile(
+    program: Any, run: Callable[[int], None], *, steps: int, blocks: Sequence[Any]
+) -> dict[str, Any]:
+    """Traces steps and adds up the times of their kernels.
+
+    Args:
+        program: compiled.
+        run: makes so many steps and waits.
+        steps: how many.
+        blocks: the network's `BlockSpec`s.
+
+    Returns:
+        "wall_ms" of a step while traced, and "kernels": [layer, part, pass, ms a step on a device].
+    """
+    import jax
+
+    owners = owners_of(program.as_text(), blocks)
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            start = time.perf_counter()
+            run(steps)
+            wall = time.perf_counter() - start
+        (path,) = Path(folder).rglob("*.xplane.pb")
+        data = jax.profiler.ProfileData.from_file(str(path))
+        times = collections.defaultdict(list)
+        for name, seconds in _events(data, on_host=jax.default_backend() == "cpu"):
+            if name in owners:
+                times[name].append(seconds)
+    sums: dict[tuple[str, str, str], float] = collections.defaultdict(float)
+    for name, found in times.items():
+        # A device runs an instruction of the main program once a step.
+        for owner, share in owners[name].items():
+            sums[owner] += 1e3 * share * statistics.fmean(found)
+    return {
+        "wall_ms": 1e3 * wall / steps,
+        "kernels": [[*owner, milliseconds] for owner, milliseconds in sorted(sums.items())],
+    }
+
+
+def _events(data: Any, *, on_host: bool) -> Iterator[tuple[str, float]]:
+    """The kernels of a profile: instruction, seconds."""
+    for plane in data.planes:
+        if not plane.name.startswith("/host:CPU" if on_host else "/device:"):
+            continue
+        lines = list(plane.lines)
+        # On accelerators the same kernels are there once more by stream.
+        for line in [line for line in lines if line.name == "XLA Ops"] or lines:
+            for event in line.events:
+                for key, value in event.stats:
+                    if key == "hlo_op":
+                        yield value, event.duration_ns / 1e9
+                        break
+
+
+def owners_of(text: str, blocks: Sequence[Any]) -> dict[str, Shares]:
+    """Reads a compiled program: instruction of the main computation -> whose it is."""
+    found: dict[str, tuple[str, str]] = {}  # instruction -> its operation, what it calls
+    operations: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
+    computation, main = "", False
+    for line in text.splitlines():
+        if header := _COMPUTATION.match(line):
+            main, computation = bool(header[1]), header[2]
+        elif instruction := _INSTRUCTION.match(line):
+            operation = _OPERATION.search(line)
+            name = operation[1] if operation else ""
+            operations[computation][name] += bool(name)
+            if main:
+                called = _CALLED.search(line)
+                found[instruction[1]] = name, called[1] if called else ""
+    owners = {}
+    for instruction, (name, called) in found.items():
+        if not name and called in operations:
+            # A copy that XLA made: it belongs to what it copies for.
+            name = operations[called].most_common(1)[0][0]
+        owners[instruction] = owners_of_operation(name, blocks)
+    return owners
+
+
+def owners_of_operation(name: str, blocks: Sequence[Any]) -> Shares:
+    """Returns whose an operation is, by its name: the path of the module that asked for it.
+
+    The activations of an MBConv after its expansion and after its depthwise convolution have one
+    name: each gets half.
+    """
+    direction = "backward" if "transpose(" in name else "forward"
+    match = _NETWORK.search(name)
+    if match is None:
+        return {("rest", "update, loss, copies", direction): 1.0}
+    outer, *path = match[1].split("/")
+    if outer in ("stem", "head", "classifier"):
+        part = _part(path, inside=outer)
+        return {(outer, part, direction): 1.0}
+    if not outer.startswith("blocks_"):
+        return {("head", "pooling", direction): 1.0}
+    spec = blocks[int(outer.removeprefix("blocks_"))]
+    part = _part(path, inside="block")
+    first = "dense" if spec.fused else "pointwise"
+    if path[0].startswith("expand_"):
+        layers = (first,)
+    elif path[0].startswith("depthwise_") or part == "squeeze-excite":
+        layers = (first if spec.fused else "depthwise",)
+    elif part == "activation":
+        layers = (
+            (first,)
+            if spec.fused
+            else ("pointwise", "depthwise")
+            if spec.expands
+            else ("depthwise",)
+        )
+    else:
+        layers = ("dense",) if spec.fused and not spec.expands else ("pointwise",)
+    return {(layer, part, direction): 1 / len(layers) for layer in layers}
+
+
+_PARTS: Mapping[str, str] = {"conv": "convolution", "norm": "norm", "se": "squeeze-excite"}
+
+
+def _part(path: Sequence[str], *, inside: str) -> str:
+    for segment in path[:-1]:
+        for ending, part in _PARTS.items():
+            if segment == ending or segment.endswith(f"_{ending}"):
+                return part
+    if any("silu" in segment or "sigmoid" in segment for segment in path):
+        return "activation"
+    return "convolution" if inside == "classifier" else "shortcut" if inside == "block" else "other"
