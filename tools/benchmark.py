@@ -8,6 +8,8 @@
     python tools/benchmark.py input                            # reading, decoding, resizing
     python tools/benchmark.py augment                          # every operation on the device
     python tools/benchmark.py compile-only h200                # counts what a step costs there
+    python tools/benchmark.py draw FILES --out pictures        # of what was measured
+    python tools/benchmark.py tables FILES                      # the same in Markdown
     python tools/benchmark.py PART --help
 
 `step --cores 1` measures on one core; other parts are bound to it: `taskset -c 1 python ...`.
@@ -26,6 +28,8 @@ PARTS = {
     "step": "benchmarks.step",
     "block": "benchmarks.block",
     "roofline": "benchmarks.roofline",
+    "draw": "benchmarks.draw",
+    "tables": "benchmarks.markdown",
     "input": "benchmarks.input",
     "augment": "benchmarks.augment",
     "compile-only": "benchmarks.compile_only",

@@ -133,7 +133,6 @@ def kernel_times(record: Record, *keys: str) -> dict[Any, float]:
 
 def table(record: Record) -> str:
     """A record for a reader."""
-    times = kernel_times(record, "layer")
     lines = [
         f"{record['model']}, {record['image_size']} px, batch {record['batch']}, "
         f"{record['dtype']}, {record['cores']} core{'s' * (record['cores'] > 1)}, "
@@ -141,14 +140,10 @@ def table(record: Record) -> str:
         f"{'layers':<22}{'GFLOP':>9}{'least MB':>10}{'bound ms':>10}{'by matmul':>11}"
         f"{'kernels ms':>12}{'of bound':>10}",
     ]
-    total = dict.fromkeys(("operations", "bytes", "bound_ms", "arithmetic_ms"), 0.0)
-    for kind in _KINDS:
-        row = record["layers"].get(kind)
-        if row is None:
-            continue
-        lines.append(_line(kind, row, times[kind]))
-        total = {key: value + row[key] for key, value in total.items()}
-    lines.append(_line("the step", total, record["step_ms"]))
+    for name, work, least, bound, arithmetic, kernels, reached in layer_rows(record):
+        lines.append(
+            f"{name:<22}{work:>9}{least:>10}{bound:>10}{arithmetic:>11}{kernels:>12}{reached:>10}"
+        )
     spent = kernel_times(record, "part", "pass")
     lines += ["", f"{'spent on':<22}{'forward':>9}{'backward':>10}{'share':>10}"]
     parts = kernel_times(record, "part")
@@ -165,10 +160,22 @@ def table(record: Record) -> str:
     return "\n".join(lines)
 
 
-def _line(name: str, row: dict[str, float], milliseconds: float) -> str:
-    reached = row["bound_ms"] / milliseconds if milliseconds else 0.0
-    return (
-        f"{name:<22}{row['operations'] / 1e9:>9.2f}{row['bytes'] / 1e6:>10.1f}"
-        f"{row['bound_ms']:>10.1f}{row['arithmetic_ms'] / row['bound_ms']:>11.0%}"
-        f"{milliseconds:>12.1f}{reached:>10.0%}"
-    )
+def layer_rows(record: Record) -> list[list[str]]:
+    """The kinds of layers, then all of them, as the cells of a table."""
+    times = kernel_times(record, "layer")
+    rows = [(kind, record["layers"][kind], times[kind]) for kind in _KINDS
+            if kind in record["layers"]]  # fmt: skip
+    keys = ("operations", "bytes", "bound_ms", "arithmetic_ms")
+    total = {key: sum(row[key] for _, row, _ in rows) for key in keys}
+    return [
+        [
+            name,
+            f"{row['operations'] / 1e9:.2f}",
+            f"{row['bytes'] / 1e6:.1f}",
+            f"{row['bound_ms']:.1f}",
+            f"{row['arithmetic_ms'] / row['bound_ms']:.0%}",
+            f"{milliseconds:.1f}",
+            f"{row['bound_ms'] / milliseconds:.0%}" if milliseconds else "",
+        ]
+        for name, row, milliseconds in [*rows, ("the step", total, record["step_ms"])]
+    ]
