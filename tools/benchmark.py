@@ -6,6 +6,7 @@
     python tools/benchmark.py block --model efficientnetv2-s   # stem, blocks and head alone
     python tools/benchmark.py roofline                         # how near to the machine's limit
     python tools/benchmark.py input                            # reading, decoding, resizing
+    python tools/benchmark.py end-to-end                        # a real run beside its step
     python tools/benchmark.py augment                          # every operation on the device
     python tools/benchmark.py compile-only h200                # counts what a step costs there
     python tools/benchmark.py draw FILES --out pictures        # of what was measured
@@ -28,6 +29,7 @@ PARTS = {
     "step": "benchmarks.step",
     "block": "benchmarks.block",
     "roofline": "benchmarks.roofline",
+    "end-to-end": "benchmarks.end_to_end",
     "draw": "benchmarks.draw",
     "tables": "benchmarks.markdown",
     "input": "benchmarks.input",

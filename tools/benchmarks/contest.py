@@ -76,7 +76,7 @@ class Worker:
                 text=True,
                 bufsize=1,
                 # This program has one thread and no framework: nothing to go wrong in between.
-                preexec_fn=lambda: _bind(cores),
+                preexec_fn=lambda: bind(cores),
             )
         except OSError as error:
             raise UserError(
@@ -315,7 +315,8 @@ def start(worker: str, python: str = sys.executable, *arguments: str) -> tuple[s
     return (python, str(WORKERS / worker), *arguments)
 
 
-def _bind(cores: Sequence[int]) -> None:
+def bind(cores: Sequence[int]) -> None:
+    """Keeps this process to these cores, where the system can."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)
 

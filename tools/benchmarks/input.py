@@ -47,7 +47,7 @@ class Stage:
     first_example: int
 
 
-def _write_photographs(folder: Path) -> None:
+def write_photographs(folder: Path) -> None:
     """Writes 64 JPEGs of 500x375 with about as much detail as photographs (about 55 KB each)."""
     from PIL import Image
 
@@ -235,7 +235,7 @@ def run(arguments: Sequence[str]) -> None:
     sizes = [int(size) for size in flags.sizes.split(",")]
     with tempfile.TemporaryDirectory() as folder:
         if flags.source == "folder" and not flags.dir:
-            _write_photographs(Path(folder))
+            write_photographs(Path(folder))
             data_config.dir = folder
         source = open_source(data_config, "train")
         example = source[0].image
