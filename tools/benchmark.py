@@ -3,10 +3,14 @@
     python tools/benchmark.py step --model efficientnetv2-b0 --image-size 192 --batch 8,16
     python tools/benchmark.py step --lowering plain,cpu        # compared in turns: A B A B ...
     python tools/benchmark.py step --peer timm,keras-tf        # the same in other frameworks
+    python tools/benchmark.py grid --json grid.json            # all of it, against peers; hours
     python tools/benchmark.py block --model efficientnetv2-s   # stem, blocks and head alone
     python tools/benchmark.py roofline                         # how near to the machine's limit
     python tools/benchmark.py input                            # reading, decoding, resizing
     python tools/benchmark.py end-to-end                        # a real run beside its step
+    python tools/benchmark.py depthwise                        # every shape, every pass
+    python tools/benchmark.py memory --image-size 128,300      # the largest batches
+    python tools/benchmark.py gpu --out gpu --minutes 30       # what matters on a GPU
     python tools/benchmark.py augment                          # every operation on the device
     python tools/benchmark.py compile-only h200                # counts what a step costs there
     python tools/benchmark.py draw FILES --out pictures        # of what was measured
@@ -27,8 +31,12 @@ from effv2_jax.errors import UserError
 # Part -> its module, beside this file; each has `run(arguments)`.
 PARTS = {
     "step": "benchmarks.step",
+    "grid": "benchmarks.grid",
     "block": "benchmarks.block",
     "roofline": "benchmarks.roofline",
+    "depthwise": "benchmarks.depthwise",
+    "memory": "benchmarks.memory",
+    "gpu": "benchmarks.gpu",
     "end-to-end": "benchmarks.end_to_end",
     "draw": "benchmarks.draw",
     "tables": "benchmarks.markdown",

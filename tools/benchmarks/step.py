@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import arguments as shared
-from benchmarks import configured, contest, own, peers
+from benchmarks import configured, contest, counts, own, peers
 from benchmarks.results import Case, Results, describe_machine, records, settings, table
 from effv2_jax.command import Parser, check_output, say
 from effv2_jax.errors import UserError
@@ -52,16 +52,16 @@ def run(arguments: Sequence[str]) -> None:
 
 def measure(flags: argparse.Namespace, results: Results) -> None:
     """Measures all cases of the flags; see `run`."""
-    cases = list(cases_of(flags))
     pythons = peers.interpreters(flags.peer_python, flags.peer)
     peers.check(flags.peer, flags.model, pythons)
+    cases = [case for case in cases_of(flags) if not is_done(case, flags, results)]
+    if len(cases) > 1:
+        say(estimate(cases, flags))
     machines: dict[int, Any] = {}
     told: set[str] = set()
     failed = 0
     for number, case in enumerate(cases):
         contestants = _contestants(case, flags, pythons, results)
-        if results.has(case, contestants):
-            continue
         say(f"[{number + 1}/{len(cases)}] {case}")
         cores = own.cores_of(case.cores)
         if case.cores not in machines:
@@ -101,12 +101,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return read_flags(parser, arguments)
 
 
-def add_flags(parser: Parser) -> None:
+def add_flags(parser: Parser, *, peers_default: str = "") -> None:
     """Adds all flags but those of what is measured."""
     add_list, add = shared.add_list, parser.add_argument
     add_list(parser, "--lowering", "auto", text="compared in turns: auto, plain, cpu")
     add_list(parser, "--mode", "train,infer", text="which steps")
-    add_list(parser, "--peer", "", text=f"compared in turns: {', '.join(peers.PEERS)}")
+    add_list(parser, "--peer", peers_default, text=f"compared in turns: {', '.join(peers.PEERS)}")
     add("--peer-python", default="", metavar="PATH", help="interpreter, or PEER=PATH,PEER=PATH")
     add("--peer-compile", choices=peers.COMPILE, default="auto", help="auto: the faster way")
     add(
@@ -168,6 +168,38 @@ def cases_of(flags: argparse.Namespace) -> Iterator[Case]:
             mode=mode,
             recipe=flags.recipe,
         )
+
+
+def is_done(case: Case, flags: argparse.Namespace, results: Results) -> bool:
+    """Whether a case was measured with all contestants, told to compute as they are now."""
+    pythons = peers.interpreters(flags.peer_python, flags.peer)
+    return results.has(case, _contestants(case, flags, pythons, results))
+
+
+# For estimates: what a usual core reaches in a network, and seconds to start and to compile.
+_CORE_FLOPS = 5e10
+_START, _COMPILE, _TRY_COMPILED = 15, 25, 150
+
+
+def estimate(cases: Sequence[Case], flags: argparse.Namespace) -> str:
+    """Says about how long the cases take; only a first idea, before anything was measured."""
+    from effv2_jax.models.variants import get_variant
+
+    seconds, tried = 0.0, set()
+    for case in cases:
+        layers = counts.count_layers(get_variant(case.model), image_size=case.image_size)
+        work, _ = counts.total(layers, case.mode, dtype=case.dtype, batch=case.batch)
+        step = case.batch * work / (_CORE_FLOPS * case.cores)
+        one = _START + (flags.rounds * max(1, flags.steps) + 3) * step
+        one += 0 if flags.steps else flags.rounds * max(0.0, flags.seconds - step)
+        seconds += one * (len(flags.lowering) + len(flags.peer)) + _COMPILE * len(flags.lowering)
+        kind = dataclasses.replace(case, batch=0)
+        if flags.peer_compile != "off" and kind not in tried:
+            torch = [name for name in flags.peer if "torch" in peers.PEERS[name].modules]
+            seconds += _TRY_COMPILED * len(torch)
+            tried.add(kind)
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{len(cases)} cases, very roughly {hours} h {minutes:02d} min on an idle machine"
 
 
 def _contestants(
