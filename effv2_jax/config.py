@@ -27,7 +27,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     ),
     "model.dtype": ("auto", "float32", "bfloat16"),
     "model.initializer": ("official", "fan_in"),
-    "model.lowering": ("auto", "plain", "cpu"),
+    "model.lowering": ("auto", "plain", "cpu", "gpu"),
     "model.padding": ("SAME", "SYMMETRIC"),
     "data.source": ("tfds", "folder", "arrays", "digits", "synthetic"),
     "data.crop": ("inception", "none"),

@@ -43,7 +43,7 @@ def base_config() -> ConfigDict:
         "bn_group_size": 0,              # examples per BatchNorm group; 0: the whole global batch
         "head_bias": 0.0,                # initial bias of the classifier
         "initializer": "official",       # official, or fan_in: learns faster from few images
-        "lowering": "auto",              # auto (by backend), plain, cpu
+        "lowering": "auto",              # auto (by backend), plain, cpu, gpu
     })
 
     config.data = ConfigDict({

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from effv2_jax.models import lowering
 from effv2_jax.models.block_spec import BlockSpec
 from effv2_jax.models.layers import Activation, drop_path
 
@@ -30,14 +31,17 @@ class SqueezeExcite(nn.Module):
     conv: ModuleDef
     activation: Activation
 
-    @nn.compact
     def __call__(self, x: Array) -> Array:
         """Applies the gate."""
         # The mean is accumulated in float32: bfloat16 has 8 bits for sums of thousands of pixels.
         pooled = jnp.mean(x, (1, 2), keepdims=True, dtype=jnp.float32).astype(x.dtype)
-        squeezed = self.activation(self.conv(self.channels, use_bias=True, name="reduce")(pooled))
-        gate = self.conv(x.shape[-1], use_bias=True, name="expand")(squeezed)
-        return jax.nn.sigmoid(gate) * x
+        return self.factor(pooled) * x
+
+    @nn.compact
+    def factor(self, means: Array) -> Array:
+        """Returns the factors [N, 1, 1, C] for the means of the channels [N, 1, 1, C]."""
+        squeezed = self.activation(self.conv(self.channels, use_bias=True, name="reduce")(means))
+        return jax.nn.sigmoid(self.conv(means.shape[-1], use_bias=True, name="expand")(squeezed))
 
 
 class _Block(nn.Module):
@@ -49,6 +53,7 @@ class _Block(nn.Module):
       depthwise: makes a `DepthwiseConv` from kernel_size, stride.
       norm: makes a `BatchNorm`.
       activation: after every norm that is not the last one.
+      implementation: of the lowering, one of `lowering.IMPLEMENTATIONS`.
     """
 
     spec: BlockSpec
@@ -56,11 +61,18 @@ class _Block(nn.Module):
     depthwise: ModuleDef
     norm: ModuleDef
     activation: Activation
+    implementation: str = "auto"
 
-    def _squeeze_excite(self, x: Array) -> Array:
+    def _stored(self, inputs: Array) -> Array:
+        """The input, read by the first convolution and by the shortcut."""
+        if not self.spec.has_residual:
+            return inputs
+        return lowering.choose(self.implementation).stored(inputs)
+
+    def _squeeze_excite(self) -> SqueezeExcite | None:
         if not self.spec.se_channels:
-            return x
-        return SqueezeExcite(self.spec.se_channels, self.conv, self.activation, name="se")(x)
+            return None
+        return SqueezeExcite(self.spec.se_channels, self.conv, self.activation, name="se")
 
     def _residual(
         self, inputs: Array, x: Array, survival_prob: float | Array | None, noise: Array | None
@@ -96,13 +108,14 @@ class MBConv(_Block):
           [N, ceil(H / stride), ceil(W / stride), channels], and the input of the projection
           (official endpoint: expansion_output).
         """
-        spec, x = self.spec, inputs
+        spec = self.spec
+        x = inputs = self._stored(inputs)
         if spec.expands:
             x = self.conv(spec.inner_channels, name="expand_conv")(x)
-            x = self.activation(self.norm(name="expand_norm")(x, train))
+            x = self.norm(name="expand_norm")(x, train, self.activation)
         x = self.depthwise(spec.kernel, stride=spec.stride, name="depthwise_conv")(x)
-        x = self.activation(self.norm(name="depthwise_norm")(x, train))
-        expansion = x = self._squeeze_excite(x)
+        gate = self._squeeze_excite()
+        expansion = x = self.norm(name="depthwise_norm")(x, train, self.activation, gate)
         x = self.conv(spec.channels, name="project_conv")(x)
         x = self.norm(name="project_norm")(x, train)
         return self._residual(inputs, x, survival_prob, noise), expansion
@@ -127,14 +140,15 @@ class FusedMBConv(_Block):
 
         The official endpoint expansion_output is taken before squeeze-and-excite here.
         """
-        spec, x = self.spec, inputs
+        spec = self.spec
+        x = inputs = self._stored(inputs)
         if spec.expands:
             x = self.conv(
                 spec.inner_channels, kernel_size=spec.kernel, stride=spec.stride, name="expand_conv"
             )(x)
-            x = self.activation(self.norm(name="expand_norm")(x, train))
-        expansion = x
-        x = self._squeeze_excite(x)
+            x = self.norm(name="expand_norm")(x, train, self.activation)
+        expansion, gate = x, self._squeeze_excite()
+        x = x if gate is None else gate(x)
         if spec.expands:
             x = self.conv(spec.channels, name="project_conv")(x)
             x = self.norm(name="project_norm")(x, train)
@@ -142,5 +156,5 @@ class FusedMBConv(_Block):
             x = self.conv(
                 spec.channels, kernel_size=spec.kernel, stride=spec.stride, name="project_conv"
             )(x)
-            x = self.activation(self.norm(name="project_norm")(x, train))
+            x = self.norm(name="project_norm")(x, train, self.activation)
         return self._residual(inputs, x, survival_prob, noise), expansion

@@ -20,6 +20,7 @@ from effv2_jax.errors import UserError
 from effv2_jax.models import blocks as block_modules
 from effv2_jax.models import layers, lowering
 from effv2_jax.models.block_spec import BlockSpec, expand_blocks, parse_blocks, round_channels
+from effv2_jax.models.norm import BatchNorm
 from effv2_jax.models.variants import get_variant
 
 Array = jax.Array
@@ -48,7 +49,7 @@ class Stem(nn.Module):
     def __call__(self, x: Array, train: bool) -> Array:
         """Applies the stem."""
         x = self.conv(self.channels, kernel_size=3, stride=2, name="conv")(x)
-        return self.activation(self.norm(name="norm")(x, train))
+        return self.norm(name="norm")(x, train, self.activation)
 
 
 class Head(nn.Module):
@@ -63,7 +64,7 @@ class Head(nn.Module):
     def __call__(self, x: Array, train: bool) -> Array:
         """Applies the head, up to the pooling."""
         x = self.conv(self.channels, name="conv")(x)
-        return self.activation(self.norm(name="norm")(x, train))
+        return self.norm(name="norm")(x, train, self.activation)
 
 
 class EfficientNet(nn.Module):
@@ -90,9 +91,9 @@ class EfficientNet(nn.Module):
       initializer: how kernels are drawn, "official" or "fan_in" (`layers.initial_kernel`).
       padding: "SAME" (TensorFlow) or "SYMMETRIC" (PyTorch).
       remat: recompute each block in the backward pass: less memory, a third more arithmetic.
-      lowering: how convolutions are computed: "auto", "plain" or "cpu".
+      lowering: how layers are computed, one of `lowering.IMPLEMENTATIONS`.
       axis_name: mesh axis over which the batch is split, when applied inside `jax.shard_map`.
-      freeze: regular expression; norms whose parameters match it are frozen (`layers.BatchNorm`).
+      freeze: regular expression; norms whose parameters match it are frozen (`norm.BatchNorm`).
       dtype: compute type; parameters, statistics and logits are float32 always.
     """
 
@@ -223,17 +224,19 @@ class EfficientNet(nn.Module):
             "conv": functools.partial(layers.Conv, **conv),
             "depthwise": functools.partial(layers.DepthwiseConv, **conv),
             "norm": functools.partial(
-                layers.BatchNorm,
+                BatchNorm,
                 momentum=self.bn_momentum,
                 epsilon=self.bn_epsilon,
                 unbiased=self.bn_unbiased,
                 group_size=self.bn_group_size,
                 two_pass=self.bn_two_pass,
                 axis_name=self.axis_name,
+                implementation=self.lowering,
                 freeze=self.freeze,
                 dtype=self.dtype,
             ),
             "activation": layers.get_activation(self.activation),
+            "implementation": self.lowering,
         }
 
     def _survival(self, index: int, survival_prob: float | Array) -> float | Array:

@@ -11,6 +11,7 @@ from effv2_jax.convert import mapping
 from effv2_jax.models import layers
 from effv2_jax.models.blocks import FusedMBConv, MBConv, SqueezeExcite
 from effv2_jax.models.network import Head, Stem
+from effv2_jax.models.norm import BatchNorm
 from tests import reference
 
 CASES = {
@@ -28,7 +29,7 @@ class PooledHead(Head):
 def _module(case, implementation="plain"):
     conv = functools.partial(layers.Conv, implementation=implementation)
     depthwise = functools.partial(layers.DepthwiseConv, implementation=implementation)
-    parts = {"conv": conv, "norm": layers.BatchNorm, "activation": jax.nn.silu}
+    parts = {"conv": conv, "norm": BatchNorm, "activation": jax.nn.silu}
     if case["kind"] == "stem":
         return Stem(case["filters"], **parts)
     if case["kind"] == "head":

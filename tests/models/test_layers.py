@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from effv2_jax.errors import UserError
 from effv2_jax.models import layers
+from effv2_jax.models.norm import BatchNorm
 from tests import reference
 
 OFFICIAL_ACTIVATIONS = sorted(
@@ -46,7 +47,7 @@ def test_unknown_activation_names_the_nearest_one():
 
 def _norm(x, *, variables=None, **attributes):
     """Output in training and the moved statistics."""
-    norm = layers.BatchNorm(**attributes)
+    norm = BatchNorm(**attributes)
     channels = x.shape[-1]
     variables = variables or {
         "params": {"scale": jnp.ones(channels), "bias": jnp.zeros(channels)},
@@ -84,7 +85,7 @@ def test_norm_equals_its_definition_in_training_and_evaluation():
     np.testing.assert_allclose(moved["mean"], 0.7 * mean + 0.3 * batch_mean, rtol=1e-5)
     np.testing.assert_allclose(moved["var"], 0.7 * var + 0.3 * batch_var * 60 / 59, rtol=1e-5)
 
-    evaluated = layers.BatchNorm(epsilon=0.1).apply(variables, x, False)
+    evaluated = BatchNorm(epsilon=0.1).apply(variables, x, False)
     expected = (x - mean) / np.sqrt(var + 0.1) * scale + bias
     np.testing.assert_allclose(evaluated, expected, rtol=1e-5, atol=1e-5)
 
@@ -249,7 +250,7 @@ class OneNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x, train):
-        return layers.BatchNorm(name="norm", freeze=self.freeze)(x, train)
+        return BatchNorm(name="norm", freeze=self.freeze)(x, train)
 
 
 def _apply_in_training(freeze):

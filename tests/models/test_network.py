@@ -268,7 +268,7 @@ def test_none_and_empty_overrides_mean_the_variant():
         ("testing", {"dropout_rate": 1.5}, "model.dropout_rate is 1.5"),
         ("testing", {"survival_prob": 1.5}, "model.survival_prob is 1.5"),
         ("testing", {"padding": "VALID"}, "model.padding is 'VALID'"),
-        ("testing", {"lowering": "gpu"}, "model.lowering is 'gpu'"),
+        ("testing", {"lowering": "fast"}, "model.lowering is 'fast'"),
         ("testing", {"initializer": "he"}, "model.initializer is 'he'"),
         ("testing", {"blocks": ("r1_k3",)}, "block 'r1_k3'"),
     ],

@@ -147,7 +147,7 @@ def test_the_kernels_of_a_step_are_found_and_are_the_networks(tmp_path):
         (("step", "--batch", "8,many"), "'8,many'"),
         (("step", "--batch", "0"), "--batch is 0"),
         (("step", "--dtype", "float8"), "'float8'; expected float32, bfloat16"),
-        (("step", "--lowering", "fast"), "'fast'; expected auto, plain, cpu"),
+        (("step", "--lowering", "fast"), "'fast'; expected auto, plain, cpu, gpu"),
         (("step", "--speed", "11"), "--speed"),
         (("step", "--json", "no/such/folder/x.json"), "there is no folder"),
         (("step", "--resume"), "name it with --json"),

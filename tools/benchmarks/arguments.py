@@ -10,7 +10,7 @@ from effv2_jax.command import check_output
 from effv2_jax.errors import UserError
 
 DTYPES = ("float32", "bfloat16")
-LOWERINGS = ("auto", "plain", "cpu")
+LOWERINGS = ("auto", "plain", "cpu", "gpu")
 
 
 def several(kind: type) -> Callable[[str], list[Any]]:

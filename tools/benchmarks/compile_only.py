@@ -101,7 +101,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--lowering",
         type=several(str),
         default=["auto"],
-        help="forms of the operations, separated by commas: auto, plain (auto)",
+        help="forms of the operations, separated by commas: auto, plain, gpu (auto)",
     )
     add("--config", default=None, help="a recipe: its model, its training step, its stages' sizes")
     add("--devices", type=positive, default=None, help="of the mesh (h200: 1, v5e: 4)")

@@ -57,7 +57,7 @@ TARGETS = {
         platform="cuda",
         plugins=("jax_cuda12_plugin", "jax_cuda13_plugin"),
         extra="cuda12",
-        lowering="plain",
+        lowering="gpu",
         devices=1,
         bytes_per_second=4.8e12,
     ),

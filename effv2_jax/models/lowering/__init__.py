@@ -1,47 +1,58 @@
-"""How convolutions are computed on each backend.
+"""How convolutions and norms are computed on each backend.
 
-`models/layers.py` says what a convolution means; this package says how it is computed. It is the
-only place of the networks that asks which backend runs. `TABLE` holds every choice: GPUs and TPUs
-take XLA's convolution as it is; XLA's CPU backend is several times slower with some of them, above
-all with the gradients of depthwise convolutions, so it gets forms of its own (`cpu_depthwise.py`,
-`cpu_dense.py`). All forms agree with the plain ones in value and gradient to rounding.
+`models/layers.py` says what a layer means; this package says how it is computed. It is the only
+place of the networks that asks which backend runs. `TABLE` holds every choice: GPUs and TPUs take
+XLA's convolution as it is; XLA's CPU backend is several times slower with some of them, above all
+with the gradients of depthwise convolutions, so it gets forms of its own (`cpu_depthwise.py`,
+`cpu_dense.py`). On GPUs the passes over memory between the convolutions decide, so norms are
+written out there (`gpu_norm.py`, `gpu_dense.py`). All forms agree with the plain ones in value and
+gradient to rounding.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 
-from effv2_jax.models.lowering import cpu_dense, cpu_depthwise, plain
+from effv2_jax.models.lowering import cpu_dense, cpu_depthwise, gpu_dense, gpu_norm, plain
 from effv2_jax.models.lowering.geometry import Geometry, Padding, make_geometry
+from effv2_jax.models.lowering.gpu_norm import Norm
 
-IMPLEMENTATIONS = ("auto", "plain", "cpu")
+__all__ = ["IMPLEMENTATIONS", "TABLE", "Lowering", "Norm", "choose", "conv2d", "depthwise_conv2d"]
+
+IMPLEMENTATIONS = ("auto", "plain", "cpu", "gpu")
 
 _Form = Callable[[jax.Array, jax.Array, Geometry], jax.Array]
 
 
 @dataclass(frozen=True)
 class Lowering:
-    """The form of each kind of convolution on one backend.
+    """The form of each operation on one backend.
 
     Attributes:
-        dense: kernels of more than 1x1 that see every input channel.
+        dense: convolution with kernels of more than 1x1 that see every input channel.
         pointwise: 1x1 kernels, stride 1, no padding.
         depthwise: one filter per channel.
+        norm: batch normalisation in training with what follows it up to the next convolution, as
+            `gpu_norm.norm`; None: as `norm.BatchNorm` defines it, differentiated by JAX.
+        stored: applied to the input of a block with a shortcut, which several operations read.
     """
 
     dense: _Form
     pointwise: _Form
     depthwise: _Form
+    norm: Callable[..., tuple[jax.Array, jax.Array, jax.Array]] | None = None
+    stored: Callable[[jax.Array], jax.Array] = lambda x: x
 
 
 _PLAIN = Lowering(dense=plain.dense, pointwise=plain.dense, depthwise=plain.depthwise)
 _CPU = Lowering(
     dense=cpu_dense.dense, pointwise=cpu_dense.pointwise, depthwise=cpu_depthwise.depthwise
 )
+_GPU = replace(_PLAIN, dense=gpu_dense.dense, norm=gpu_norm.norm, stored=gpu_norm.stored)
 
 # Backend -> forms. A backend that is not listed takes the plain ones.
-TABLE = {"cpu": _CPU, "gpu": _PLAIN, "tpu": _PLAIN}
+TABLE = {"cpu": _CPU, "gpu": _GPU, "tpu": _PLAIN}
 
 
 def choose(implementation: str = "auto") -> Lowering:
@@ -49,7 +60,7 @@ def choose(implementation: str = "auto") -> Lowering:
 
     Args:
         implementation: "auto" takes the default backend's row of `TABLE`, "plain" XLA's own
-            convolutions, "cpu" the forms written for XLA's CPU backend.
+            convolutions and gradients, "cpu" or "gpu" that row, on whatever backend.
 
     Raises:
         ValueError: for another name.
@@ -58,8 +69,8 @@ def choose(implementation: str = "auto") -> Lowering:
         return TABLE.get(jax.default_backend(), _PLAIN)
     if implementation == "plain":
         return _PLAIN
-    if implementation == "cpu":
-        return _CPU
+    if implementation in IMPLEMENTATIONS:
+        return TABLE[implementation]
     raise ValueError(f"implementation {implementation!r}, expected one of {IMPLEMENTATIONS}")
 
 
