@@ -55,7 +55,7 @@ def run(arguments: Sequence[str]) -> None:
     """
     parser = Parser(__doc__.splitlines()[0], _EPILOG, prog="tools/benchmark.py block")
     shared.add_cases(parser)
-    shared.add_list(parser, "--lowering", "auto", text="auto, plain, cpu")
+    shared.add_list(parser, "--lowering", "auto", text="auto, plain, cpu, gpu")
     shared.add_measuring(parser)
     parser.set_defaults(seconds=0.2)
     flags = parser.parse_args(arguments)

@@ -36,7 +36,7 @@ def run(arguments: Sequence[str]) -> None:
     parser = Parser(__doc__.splitlines()[0], _EPILOG, prog="tools/benchmark.py roofline")
     shared.add_cases(parser)
     shared.add_list(parser, "--mode", "train,infer", text="which steps")
-    shared.add_list(parser, "--lowering", "auto", text="auto, plain, cpu")
+    shared.add_list(parser, "--lowering", "auto", text="auto, plain, cpu, gpu")
     shared.add_measuring(parser)
     flags = parser.parse_args(arguments)
     shared.check_choice("--mode", flags.mode, _MODES)

@@ -104,7 +104,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def add_flags(parser: Parser, *, peers_default: str = "") -> None:
     """Adds all flags but those of what is measured."""
     add_list, add = shared.add_list, parser.add_argument
-    add_list(parser, "--lowering", "auto", text="compared in turns: auto, plain, cpu")
+    add_list(parser, "--lowering", "auto", text="compared in turns: auto, plain, cpu, gpu")
     add_list(parser, "--mode", "train,infer", text="which steps")
     add_list(parser, "--peer", peers_default, text=f"compared in turns: {', '.join(peers.PEERS)}")
     add("--peer-python", default="", metavar="PATH", help="interpreter, or PEER=PATH,PEER=PATH")
