@@ -8,23 +8,24 @@ activation is written down:
     forward    read x: statistics
                (with a gate: read x: the means of the activation over each image)
                read x, write y = gate * activation(norm(x))
-    backward   (with a gate: read dy, y: the gradient of the gate)
-               read dy, x: both sums
+    backward   read dy, x: the sums (with a gate: for each image, and those of the gate's gradient)
                read dy, x: write dx
 
-Nothing but x and y and a few numbers per channel is kept for the backward pass; normalised values
-and activations are computed again wherever they are needed, in float32, and are never written.
+Nothing but x and a few numbers per channel is kept for the backward pass; normalised values and
+activations are computed again wherever they are needed, in float32, and are never written.
 Barriers keep XLA from sharing them between passes.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from effv2_jax.models.lowering import gpu_sums
 
 Array = jax.Array
 
@@ -102,15 +103,27 @@ def _forward(
     if gate is not None:
         y = y * _grouped(gate, how.groups)
     y = y.reshape(x.shape).astype(x.dtype)
-    kept = y if gate is not None else None  # by the convolution that follows, too
-    return (y, mean, var), (x, kept, scale, bias, statistics, gate, pull_gate)
+    return (y, mean, var), (x, scale, bias, statistics, gate, pull_gate)
 
 
 def _backward(
     how: Norm, residuals: Any, cotangents: tuple[Array, Array, Array]
 ) -> tuple[Array, Array, Array, Any]:
-    x, y, scale, bias, statistics, gate, pull_gate = residuals
-    dy, x, y = lax.optimization_barrier((cotangents[0], x, y))
+    x, scale, bias, statistics, gate, pull_gate = residuals
+    dy, x = lax.optimization_barrier((cotangents[0], x))
+    pixels = x.shape[1] * x.shape[2]
+    dgate_params, dmeans = None, None
+    if gate is not None:
+        dgate, *of_images = _image_sums(how, dy, x, scale, bias, statistics)
+        dgate_params, dpooled = pull_gate(dgate[:, None, None].astype(gate.dtype))
+        gate, dmeans = _grouped(gate, how.groups), _grouped(dpooled, how.groups) / pixels
+        # The gradient of the activation is dy * gate + dmeans: linear in both, so that its sums
+        # need no other pass.
+        dz, dz_normed, slope, slope_normed = (
+            _grouped(v[:, None, None], how.groups) for v in of_images
+        )
+        sums = [gate * dz + dmeans * slope, gate * dz_normed + dmeans * slope_normed]
+        sums = [jnp.sum(v, 1, keepdims=True) for v in sums]
 
     def slopes() -> tuple[Array, Array]:
         """Gradient with respect to scale * normed + bias, and the normed x."""
@@ -118,24 +131,17 @@ def _backward(
         _, slope = _activated(how, grouped, statistics, scale, bias)
         dz = _grouped(dy, how.groups)
         if gate is not None:
-            dz = dz * _grouped(gate, how.groups) + dmeans
+            dz = dz * gate + dmeans
         return dz * slope, _normed(grouped, statistics)
 
-    dgate_params, dmeans = None, None
-    if gate is not None:
-        # From y = gate * activation, which needs no sigmoid. A gate of 0 has no gradient either.
-        products = dy.astype(jnp.float32) * y.astype(jnp.float32)
-        dgate = jnp.sum(products, _SPACE, keepdims=True) / jnp.where(gate == 0, jnp.inf, gate)
-        dgate_params, dpooled = pull_gate(dgate.astype(gate.dtype))
-        dmeans = _grouped(dpooled, how.groups) / (x.shape[1] * x.shape[2])
-        dy, x, dmeans = lax.optimization_barrier((dy, x, dmeans))
-    dz, normed = slopes()
-    # Two real sums as one complex sum: with two reductions XLA writes the sigmoid that they share
-    # to memory, in float32, and reads it back.
-    sums = jnp.sum(lax.complex(dz, dz * normed), (1, 2, 3), keepdims=True)
-    sums = (sums.real, sums.imag)
+    if gate is None:
+        dz, normed = slopes()
+        # Two real sums as one complex sum: with two reductions XLA writes the sigmoid that they
+        # share to memory, in float32, and reads it back.
+        both = jnp.sum(lax.complex(dz, dz * normed), (1, 2, 3), keepdims=True)
+        sums = [both.real, both.imag]
     dbias, dscale = (jnp.sum(v, (0, 1, 2, 3)) for v in sums)
-    count = x.shape[0] // how.groups * x.shape[1] * x.shape[2]
+    count = x.shape[0] // how.groups * pixels
     means = how.shared(tuple(v / count for v in sums))
 
     dy, x, means = lax.optimization_barrier((dy, x, means))
@@ -152,6 +158,24 @@ def _grouped(x: Array, groups: int) -> Array:
     return x.reshape(groups, -1, *x.shape[1:]).astype(jnp.float32)
 
 
+def _image_sums(
+    how: Norm, dy: Array, x: Array, scale: Array, bias: Array, statistics: tuple[Array, Array]
+) -> tuple[Array, ...]:
+    """Sums over each image, [N, C]: dy * activation, dy * slope (* normed), slope (* normed)."""
+
+    def terms(arrays: Sequence[Array], vectors: Sequence[Array]) -> tuple[Array, ...]:
+        (dy, x), (mean, factor, scale, bias) = arrays, vectors
+        y, slope = _activated(how, x, (mean, factor), scale, bias)
+        normed = _normed(x, (mean, factor))
+        dz = dy * slope
+        return dy * y, dz, dz * normed, slope, slope * normed
+
+    vectors = (*statistics, scale, bias)
+    shape = (how.groups, x.shape[-1])
+    vectors = [jnp.broadcast_to(v.reshape(-1, shape[1]), shape) for v in vectors]
+    return gpu_sums.image_sums(terms, 5, (dy, x), vectors)
+
+
 def _normed(x: Array, statistics: tuple[Array, Array]) -> Array:
     mean, factor = statistics
     return (x - mean) * factor
@@ -159,11 +183,11 @@ def _normed(x: Array, statistics: tuple[Array, Array]) -> Array:
 
 def _activated(
     how: Norm, x: Array, statistics: tuple[Array, Array], scale: Array, bias: Array
-) -> tuple[Array, Array | float]:
+) -> tuple[Array, Array]:
     """The activation of the normalised x, and its slope with respect to scale * x + bias."""
     z = _normed(x, statistics) * scale + bias
     if how.activation is None:
-        return z, 1.0
+        return z, jnp.ones_like(z)
     y, pull = jax.vjp(how.activation, z)
     return y, pull(jnp.ones_like(z))[0]
 
