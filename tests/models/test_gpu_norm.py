@@ -1,6 +1,7 @@
 """The form of norm, activation and squeeze-and-excite for GPUs against the plain one."""
 
 import functools
+import types
 
 import flax.linen as nn
 import jax
@@ -137,6 +138,25 @@ def test_the_backward_pass_of_every_activation_compiles_to_a_gpu_program(name):
     text = jax.jit(gradient).trace(jnp.zeros(SHAPE), jnp.zeros(SHAPE[-1:]))
     text = text.lower(lowering_platforms=("cuda",)).as_text()
     assert ("image_sums" in text) == (name != "gelu")
+
+
+@pytest.mark.parametrize(("capability", "kernels"), [("7.5", 0), ("8.0", 1), ("10.0", 1)])
+def test_processors_older_than_the_kernel_compiler_take_the_sums_from_xla(
+    monkeypatch, capability, kernels
+):
+    def sums(x, vector):
+        return gpu_sums.image_sums(
+            lambda arrays, vectors: (arrays[0] * vectors[0],), 1, [x], [vector]
+        )
+
+    device = types.SimpleNamespace(compute_capability=capability)
+    traced = jax.jit(sums).trace
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "default_backend", lambda: "gpu")
+        patch.setattr(jax, "devices", lambda: [device])
+        traced = traced(jnp.zeros(SHAPE), jnp.zeros((1, SHAPE[-1])))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@__gpu$xla.gpu.triton") == kernels
 
 
 @pytest.mark.parametrize("group_size", [0, 1, 4])

@@ -76,6 +76,8 @@ class Instruction:
         if self.opcode == "custom-call":
             if self.target.startswith("__cudnn"):
                 return "cuDNN"
+            if self.target.endswith("triton"):
+                return "Pallas"
             return "matrix product" if "gemm" in self.target or "matmul" in self.target else "other"
         return self.opcode if self.opcode in ("fusion", "copy", "convolution") else "other"
 

@@ -22,6 +22,8 @@ Terms = Callable[[Sequence[Array], Sequence[Array]], tuple[Array, ...]]
 _COLUMNS = 64
 _ROWS = 16
 _WARPS = 4
+# Compute capability that Triton needs, of Ampere.
+_OLDEST = 8
 # What Pallas cannot write for these GPUs: of the activations, the exact "gelu" has it.
 _NOT_IN_KERNELS = ("erfc",)
 
@@ -43,10 +45,18 @@ def image_sums(
     plain = functools.partial(plain_sums, terms, count)
     element = jax.ShapeDtypeStruct((1, 1), jnp.float32)
     operations = str(jax.make_jaxpr(terms)([element] * len(arrays), [element] * len(vectors)))
-    if any(name in operations for name in _NOT_IN_KERNELS):
+    if any(name in operations for name in _NOT_IN_KERNELS) or not _compiles_kernels():
         return plain(arrays, vectors)
     kernel = functools.partial(kernel_sums, terms, count)
     return lax.platform_dependent(tuple(arrays), tuple(vectors), cuda=kernel, default=plain)
+
+
+def _compiles_kernels() -> bool:
+    """Whether the device, if it is one of NVIDIA's, is of the Ampere generation or later."""
+    if jax.default_backend() != "gpu":
+        return True  # lowered for a device that is not here
+    major = str(getattr(jax.devices()[0], "compute_capability", "")).split(".")[0]
+    return not major.isdigit() or int(major) >= _OLDEST
 
 
 def plain_sums(
