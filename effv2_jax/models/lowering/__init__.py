@@ -5,8 +5,8 @@ place of the networks that asks which backend runs. `TABLE` holds every choice: 
 XLA's convolution as it is; XLA's CPU backend is several times slower with some of them, above all
 with the gradients of depthwise convolutions, so it gets forms of its own (`cpu_depthwise.py`,
 `cpu_dense.py`). On GPUs the passes over memory between the convolutions decide, so norms are
-written out there (`gpu_norm.py`, `gpu_dense.py`). All forms agree with the plain ones in value and
-gradient to rounding.
+written out there (`gpu_norm.py`, `gpu_sums.py`, `gpu_dense.py`). All forms agree with the plain
+ones in value and gradient to rounding.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,8 @@ class Lowering:
         pointwise: 1x1 kernels, stride 1, no padding.
         depthwise: one filter per channel.
         norm: batch normalisation in training with what follows it up to the next convolution, as
-            `gpu_norm.norm`; None: as `norm.BatchNorm` defines it, differentiated by JAX.
+            `gpu_norm.norm`, differentiable once; None: as `norm.BatchNorm` defines it,
+            differentiated by JAX.
         stored: applied to the input of a block with a shortcut, which several operations read.
     """
 
@@ -93,8 +94,8 @@ def conv2d(
         implementation: see `choose`.
 
     Returns:
-        [N, H', W', O], type of `x`. The CPU forms have their own gradient: reverse mode works any
-        number of times, forward mode (`jax.jvp`) only with "plain".
+        [N, H', W', O], type of `x`. The forms of CPUs and GPUs have their own gradient: reverse
+        mode works any number of times, forward mode (`jax.jvp`) only with "plain".
 
     Raises:
         ValueError: shapes that do not fit, an unknown padding or implementation.
