@@ -78,6 +78,12 @@ def readable(label: str) -> str:
     return label if name is None else f"{name.split(',')[0]} ({label})"
 
 
+def without_synset(label: str) -> str:
+    """Returns a label without the synset that `readable` put behind its name."""
+    name, _, synset = label.rpartition(" (")
+    return name if _SYNSET.fullmatch(synset.removesuffix(")")) and name else label
+
+
 def _synset(number: int) -> str:
     return f"n{number:08d}"
 

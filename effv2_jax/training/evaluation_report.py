@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from effv2_jax.atomic import replacing, write_json
-from effv2_jax.data.imagenet import readable
+from effv2_jax.data.imagenet import readable, without_synset
 from effv2_jax.errors import UserError
 from effv2_jax.training.metrics import (
     CALIBRATION_BINS,
@@ -153,6 +153,8 @@ def _class_line(row: Report, labels: Sequence[str] | None) -> str:
 
 def _name(index: int, labels: Sequence[str] | None) -> str:
     name = str(index) if labels is None or index >= len(labels) else labels[index]
+    if len(name) > _NAME:
+        name = without_synset(name)
     return name if len(name) <= _NAME else f"{name[: _NAME - 3]}..."
 
 

@@ -79,3 +79,10 @@ def test_synsets_are_made_readable_and_other_labels_left_alone():
     assert imagenet.readable("n04399382").startswith("teddy")  # of the 1,000 only
     for label in ("tench", "n1", "n99999999", ""):
         assert imagenet.readable(label) == label
+
+
+@pytest.mark.parametrize("label", ["n02102040", "my dog", "crane (bird)", "(n02102040)", ""])
+def test_a_synset_behind_a_name_is_taken_off_again(label):
+    shown = imagenet.readable(label)
+    expected = "English springer" if label == "n02102040" else label
+    assert imagenet.without_synset(shown) == expected

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import pytest
 from PIL import Image
@@ -196,6 +197,7 @@ def test_a_few_folders_named_by_synsets_are_evaluated_among_all_classes_of_image
     assert f"{classes:,} classes" in printed
     assert f"{classes - 3:,} classes have no examples here" in printed
     assert "warning" not in printed
+    assert re.search(r"^  English springer +2 ", printed, re.MULTILINE)  # not cut in its synset
 
 
 def test_folders_of_which_one_is_no_synset_stay_a_data_set_of_their_own(tmp_path):
