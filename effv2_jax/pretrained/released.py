@@ -164,9 +164,12 @@ def find(model: str, weights: str) -> Released:
             f"{model}:{weights}: no weights of {model!r} were released; did you mean {near!r}? "
             f"Networks: {', '.join(list_models())}"
         )
-    raise UserError(
-        f"{model}:{weights}: no such weights; of {model} were released: {', '.join(known)}"
-    )
+    there = f"of {model} were released: {', '.join(known)}"
+    if not weights:
+        raise UserError(f"{model}: say which weights, NAME:WEIGHTS; {there}")
+    near = difflib.get_close_matches(weights, known, n=1)
+    meant = f"did you mean {near[0]!r}? " if near else ""
+    raise UserError(f"{model}:{weights}: no such weights; {meant}{there}")
 
 
 def names_weights(spec: str) -> bool:

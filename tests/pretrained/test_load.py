@@ -293,7 +293,7 @@ def test_weights_are_opened_by_name_and_by_file(site, tmp_path):
     [
         ("none.safetensors", "no such file; expected a .safetensors weights file, or NAME:WEIGHTS"),
         ("efficientnetv2-s", "say which weights; released: none"),
-        ("testing:tin", "no such weights; of testing were released: tiny"),
+        ("testing:tin", "no such weights; did you mean 'tiny'? of testing were released: tiny"),
         ("testin:tiny", "no weights of 'testin' were released; did you mean"),
         ("model.tgz", "convert them first, with tools/convert_tf_checkpoint.py"),
         ("model.pth", "tools/convert_timm.py"),

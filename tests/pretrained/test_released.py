@@ -123,3 +123,17 @@ def test_the_table_and_the_list_load_no_jax():
         "assert not {'jax', 'flax', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_misspelled_weights_are_told_with_the_nearest():
+    for spec, says in (
+        (
+            "efficientnetv2-s:imagenet21kft1k",
+            "did you mean 'imagenet21k-ft1k'? of efficientnetv2-s",
+        ),
+        ("efficientnetv2-s:best", "no such weights; of efficientnetv2-s were released: imagenet1k"),
+        ("efficientnetv2-s", "efficientnetv2-s: say which weights, NAME:WEIGHTS; of"),
+    ):
+        with pytest.raises(UserError) as error:
+            released.parse(spec)
+        assert says in str(error.value)
