@@ -41,7 +41,7 @@ def run(arguments: Sequence[str]) -> None:
     peers.check(flags.peer, flags.model, pythons)
     results = Results(flags.json, None, resume=flags.resume)
     print(
-        f"{'':<44}{'fixed MiB':>10}{'MiB/image':>11}"
+        f"{'':<56}{'fixed MiB':>10}{'MiB/image':>11}"
         + "".join(f"{f'{size} GB':>8}" for size in _GIGABYTES),
         flush=True,
     )
@@ -118,6 +118,6 @@ def line(record: Record) -> str:
     )
     cells = "".join(f"{batch:>8,}" for batch in record["largest_batch"].values())
     return (
-        f"{name:<44}{record['fixed_bytes'] / 2**20:>10,.0f}"
+        f"{name:<56}{record['fixed_bytes'] / 2**20:>10,.0f}"
         f"{record['bytes_per_image'] / 2**20:>11.1f}{cells}"
     )
