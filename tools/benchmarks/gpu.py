@@ -141,6 +141,13 @@ def jobs() -> tuple[Job, ...]:
             environment={"XLA_FLAGS": "--xla_gpu_autotune_level=0"},
         ),
         Job(
+            name="s_lowerings",
+            title="V2-S training at 300 px: the GPU's forms against XLA's own",
+            minutes=5,
+            arguments=_step("train", "s", 300, 128, "--rounds", "3", "--lowering", "gpu,plain"),
+            tiny=_tiny("step", "--mode", "infer", "--lowering", "gpu,plain"),
+        ),
+        Job(
             name="s_roofline_300",
             title="V2-S at 300 px: how near to the limit, and on what time is spent",
             minutes=4,

@@ -9,17 +9,18 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-# (layer, part, pass) -> share of the kernel.
-Shares = dict[tuple[str, str, str], float]
+# Layer, part and pass that a kernel belongs to.
+Owner = tuple[str, str, str]
 
 _NETWORK = re.compile(r"EfficientNet\)*/(.+)")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?(\S+) = ")
 _OPERATION = re.compile(r'op_name="([^"]*)"')
 _CALLED = re.compile(r"calls=%?([\w.\-]+)")
+_ACTIVATION = re.compile("silu|swish|relu|gelu|mish")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 
 
@@ -53,11 +54,10 @@ def profile(
         for name, seconds in _events(data, on_host=jax.default_backend() == "cpu"):
             if name in owners:
                 times[name].append(seconds)
-    sums: dict[tuple[str, str, str], float] = collections.defaultdict(float)
+    sums: dict[Owner, float] = collections.defaultdict(float)
     for name, found in times.items():
         # A device runs an instruction of the main program once a step.
-        for owner, share in owners[name].items():
-            sums[owner] += 1e3 * share * statistics.fmean(found)
+        sums[owners[name]] += 1e3 * statistics.fmean(found)
     return {
         "wall_ms": 1e3 * wall / steps,
         "kernels": [[*owner, milliseconds] for owner, milliseconds in sorted(sums.items())],
@@ -79,7 +79,7 @@ def _events(data: Any, *, on_host: bool) -> Iterator[tuple[str, float]]:
                         break
 
 
-def owners_of(text: str, blocks: Sequence[Any]) -> dict[str, Shares]:
+def owners_of(text: str, blocks: Sequence[Any]) -> dict[str, Owner]:
     """Reads a compiled program: instruction of the main computation -> whose it is."""
     found: dict[str, tuple[str, str]] = {}  # instruction -> its operation, what it calls
     operations: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
@@ -90,7 +90,8 @@ def owners_of(text: str, blocks: Sequence[Any]) -> dict[str, Shares]:
         elif instruction := _INSTRUCTION.match(line):
             operation = _OPERATION.search(line)
             name = operation[1] if operation else ""
-            operations[computation][name] += bool(name)
+            if name:
+                operations[computation][name] += 1
             if main:
                 called = _CALLED.search(line)
                 found[instruction[1]] = name, called[1] if called else ""
@@ -99,54 +100,41 @@ def owners_of(text: str, blocks: Sequence[Any]) -> dict[str, Shares]:
         if not name and called in operations:
             # A copy that XLA made: it belongs to what it copies for.
             name = operations[called].most_common(1)[0][0]
-        owners[instruction] = owners_of_operation(name, blocks)
+        owners[instruction] = owner_of(name, blocks)
     return owners
 
 
-def owners_of_operation(name: str, blocks: Sequence[Any]) -> Shares:
-    """Returns whose an operation is, by its name: the path of the module that asked for it.
-
-    The activations of an MBConv after its expansion and after its depthwise convolution have one
-    name: each gets half.
-    """
+def owner_of(name: str, blocks: Sequence[Any]) -> Owner:
+    """Returns whose an operation is, by its name: the path of the module that asked for it."""
     direction = "backward" if "transpose(" in name else "forward"
     match = _NETWORK.search(name)
     if match is None:
-        return {("rest", "update, loss, copies", direction): 1.0}
+        return "rest", "update, loss, copies", direction
     outer, *path = match[1].split("/")
     if outer in ("stem", "head", "classifier"):
-        part = _part(path, inside=outer)
-        return {(outer, part, direction): 1.0}
+        return outer, _part(path) or "convolution", direction
     if not outer.startswith("blocks_"):
-        return {("head", "pooling", direction): 1.0}
-    spec = blocks[int(outer.removeprefix("blocks_"))]
-    part = _part(path, inside="block")
-    first = "dense" if spec.fused else "pointwise"
-    if path[0].startswith("expand_"):
-        layers = (first,)
-    elif path[0].startswith("depthwise_") or part == "squeeze-excite":
-        layers = (first if spec.fused else "depthwise",)
-    elif part == "activation":
-        layers = (
-            (first,)
-            if spec.fused
-            else ("pointwise", "depthwise")
-            if spec.expands
-            else ("depthwise",)
-        )
+        return "head", "pooling", direction
+    spec, part = blocks[int(outer.removeprefix("blocks_"))], _part(path) or "shortcut"
+    gate = part == "squeeze-excite"
+    if path[0].startswith("depthwise_") or (gate and not spec.fused):
+        layer = "depthwise"
+    elif spec.fused and (gate or path[0].startswith("expand_") or not spec.expands):
+        layer = "dense"
     else:
-        layers = ("dense",) if spec.fused and not spec.expands else ("pointwise",)
-    return {(layer, part, direction): 1 / len(layers) for layer in layers}
+        layer = "pointwise"
+    return layer, part, direction
 
 
-_PARTS: Mapping[str, str] = {"conv": "convolution", "norm": "norm", "se": "squeeze-excite"}
-
-
-def _part(path: Sequence[str], *, inside: str) -> str:
-    for segment in path[:-1]:
-        for ending, part in _PARTS.items():
-            if segment == ending or segment.endswith(f"_{ending}"):
-                return part
-    if any("silu" in segment or "sigmoid" in segment for segment in path):
+def _part(path: Sequence[str]) -> str | None:
+    """What of a layer it is; a gate and an activation are applied inside the norm before them."""
+    if "se" in path:
+        return "squeeze-excite"
+    if any(segment.startswith("jit(") and _ACTIVATION.search(segment) for segment in path):
         return "activation"
-    return "convolution" if inside == "classifier" else "shortcut" if inside == "block" else "other"
+    for segment in path[:-1]:
+        if segment == "norm" or segment.endswith("_norm"):
+            return "norm"
+        if segment == "conv" or segment.endswith("_conv"):
+            return "convolution"
+    return None
