@@ -184,7 +184,10 @@ def run(arguments: Sequence[str]) -> None:
         raise UserError("no GPU: JAX found a CPU; install the extra cuda12, or try --dry-run")
     flags.out.mkdir(parents=True, exist_ok=True)
     print(f"{describe_machine(machine)}\n", flush=True)
-    _run_all(flags, pythons["timm"] if not lacking else None, start, describe_machine(machine))
+    told = describe_machine(machine)
+    if flags.dry_run:
+        told += "\ndry run: networks and sizes are tiny, not those of the titles"
+    _run_all(flags, pythons["timm"] if not lacking else None, start, told)
 
 
 def _run_all(flags: argparse.Namespace, timm: str | None, start: float, machine: str) -> None:
@@ -271,8 +274,9 @@ def summary(ended: Sequence[tuple[Job, str]], out: Path, machine: str) -> str:
 def _step_line(record: Record) -> str:
     rate = f"{record['images_per_second']:,.1f} images/s"
     memory = record["device_bytes"] or record.get("program_bytes") or 0
+    form = f" ({record['lowering']})" if record["lowering"] not in (None, "auto") else ""
     text = (
-        f"{record['framework']}: {record['model']}, {record['image_size']} px, batch "
+        f"{record['framework']}{form}: {record['model']}, {record['image_size']} px, batch "
         f"{record['batch']}, {record['mode']}: {rate}, {memory / 2**30:.1f} GiB, compiled in "
         f"{record['compile_seconds']:.0f} s, {record['share_of_matmul']:.0%} of the matrix rate, "
         f"{record['share_of_copy']:.0%} of the copy rate"
