@@ -178,3 +178,29 @@ def test_kernel_times_are_those_of_a_step_that_is_not_profiled():
     }
     assert roofline.kernel_times(record, "layer") == {"stem": 20.0}
     assert roofline.kernel_times(record, "part", "pass")["norm", "backward"] == 15.0
+
+
+def test_the_counts_in_the_document_are_those_of_the_tool():
+    rows = re.findall(
+        r"^\| ([\w ]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$",
+        (ROOT / "docs" / "performance.md").read_text(),
+        re.MULTILINE,
+    )
+    kinds = {
+        "stem": "stem",
+        "3x3 convolutions": "dense",
+        "1x1 convolutions": "pointwise",
+        "depthwise convolutions": "depthwise",
+        "head": "head",
+        "classifier": "classifier",
+    }
+    assert [name for name, *_ in rows] == [*kinds, "a training step", "inference"]
+    cases = (("efficientnetv2-b0", 192, "float32", 8), ("efficientnetv2-s", 300, "bfloat16", 128))
+    for column, (model, size, dtype, batch) in enumerate(cases):
+        layers = counts.count_layers(get_variant(model), image_size=size)
+        for name, *numbers in rows:
+            chosen = [layer for layer in layers if layer.kind == kinds.get(name, layer.kind)]
+            mode = "infer" if name == "inference" else "train"
+            work, least = counts.total(chosen, mode, dtype=dtype, batch=batch)
+            expected = [f"{work / 1e9:.2f}", f"{least / 1e6:.1f}"]
+            assert numbers[2 * column : 2 * column + 2] == expected
