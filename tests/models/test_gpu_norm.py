@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec, use_abstract_mesh
 
 from effv2_jax.models import layers, lowering
 from effv2_jax.models.blocks import SqueezeExcite
@@ -124,6 +124,13 @@ def test_the_kernel_sums_pixels_and_channels_that_do_not_fill_its_blocks(shape, 
     _assert_same(found, expected)
 
 
+def _gpu_program(trace, *arguments):
+    """What is traced, lowered for a GPU that is not there; JAX 0.12 must be told which."""
+    mesh = AbstractMesh((1,), ("data",), abstract_device=AbstractDevice("NVIDIA H200", None, "gpu"))
+    with use_abstract_mesh(mesh):
+        return trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
 @pytest.mark.parametrize("name", layers.ACTIVATIONS)
 def test_the_backward_pass_of_every_activation_compiles_to_a_gpu_program(name):
     """As far as a machine without one goes; "gelu" has no kernel and takes XLA's sums."""
@@ -135,8 +142,7 @@ def test_the_backward_pass_of_every_activation_compiles_to_a_gpu_program(name):
         )
         return pull(x)
 
-    text = jax.jit(gradient).trace(jnp.zeros(SHAPE), jnp.zeros(SHAPE[-1:]))
-    text = text.lower(lowering_platforms=("cuda",)).as_text()
+    text = _gpu_program(jax.jit(gradient).trace, jnp.zeros(SHAPE), jnp.zeros(SHAPE[-1:]))
     assert ("image_sums" in text) == (name != "gelu")
 
 
@@ -150,12 +156,14 @@ def test_processors_older_than_the_kernel_compiler_take_the_sums_from_xla(
         )
 
     device = types.SimpleNamespace(compute_capability=capability)
-    traced = jax.jit(sums).trace
-    with monkeypatch.context() as patch:
-        patch.setattr(jax, "default_backend", lambda: "gpu")
-        patch.setattr(jax, "devices", lambda: [device])
-        traced = traced(jnp.zeros(SHAPE), jnp.zeros((1, SHAPE[-1])))
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+
+    def trace(*arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "default_backend", lambda: "gpu")
+            patch.setattr(jax, "devices", lambda: [device])
+            return jax.jit(sums).trace(*arguments)
+
+    text = _gpu_program(trace, jnp.zeros(SHAPE), jnp.zeros((1, SHAPE[-1])))
     assert text.count("@__gpu$xla.gpu.triton") == kernels
 
 
