@@ -107,7 +107,7 @@ def test_gradients_of_the_kernel_equal_the_plain_ones(monkeypatch, group_size):
     _assert_same(*forms)
 
 
-@pytest.mark.parametrize("shape", [(4, 5, 6, 70), (2, 3, 3, 8), (2, 4, 8, 64)])
+@pytest.mark.parametrize("shape", [(4, 5, 6, 70), (2, 3, 3, 8), (2, 4, 8, 64), (2, 21, 50, 9)])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_the_kernel_sums_pixels_and_channels_that_do_not_fill_its_blocks(shape, groups):
     draw = np.random.default_rng(0)

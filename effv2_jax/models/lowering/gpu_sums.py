@@ -2,8 +2,8 @@
 
 XLA reads the operands once for each such sum, or writes what the functions share (a sigmoid) to
 memory in float32: it fuses two reductions at most. On NVIDIA's GPUs this is a Pallas kernel:
-a program reads its columns of one image, a few rows of pixels at a time, and keeps all sums in
-registers. Elsewhere, and as the definition, it is `plain_sums`.
+a program reads its columns of a part of one image, a few rows of pixels at a time, and keeps all
+sums in registers. Elsewhere, and as the definition, it is `plain_sums`.
 """
 
 import functools
@@ -22,6 +22,8 @@ Terms = Callable[[Sequence[Array], Sequence[Array]], tuple[Array, ...]]
 _COLUMNS = 64
 _ROWS = 16
 _WARPS = 4
+# Pixels of a program: large images of few channels must make work for all of a GPU's processors.
+_PIXELS = 512
 # Compute capability that Triton needs, of Ampere.
 _OLDEST = 8
 # What Pallas cannot write for these GPUs: of the activations, the exact "gelu" has it.
@@ -85,12 +87,13 @@ def kernel_sums(
 
     images, height, width, channels = arrays[0].shape
     groups, pixels = vectors[0].shape[0], height * width
-    per_group = images // groups
+    per_group, parts = images // groups, pl.cdiv(pixels, _PIXELS)
 
     def kernel(*refs: Array) -> None:
         array_refs, vector_refs = refs[: len(arrays)], refs[len(arrays) : -count]
-        columns = pl.ds(pl.program_id(1) * _COLUMNS, _COLUMNS)
-        inside = pl.program_id(1) * _COLUMNS + jnp.arange(_COLUMNS) < channels
+        first, column = pl.program_id(1) * _PIXELS, pl.program_id(2) * _COLUMNS
+        columns = pl.ds(column, _COLUMNS)
+        inside = column + jnp.arange(_COLUMNS) < channels
 
         def load(ref: Array, at: tuple, mask: Array) -> Array:
             return triton.load(ref.at[at], mask=mask, other=0).astype(jnp.float32)
@@ -98,27 +101,28 @@ def kernel_sums(
         own = [load(ref, (columns,), inside)[None] for ref in vector_refs]
 
         def add(block: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
-            rows = pl.ds(block * _ROWS, _ROWS)
-            within = (block * _ROWS + jnp.arange(_ROWS) < pixels)[:, None] & inside[None]
+            row = first + block * _ROWS
+            rows = pl.ds(row, _ROWS)
+            within = (row + jnp.arange(_ROWS) < pixels)[:, None] & inside[None]
             values = terms([load(ref, (rows, columns), within) for ref in array_refs], own)
             return tuple(s + jnp.where(within, v, 0) for s, v in zip(sums, values, strict=True))
 
         zeros = (jnp.zeros((_ROWS, _COLUMNS), jnp.float32),) * count
-        sums = lax.fori_loop(0, pl.cdiv(pixels, _ROWS), add, zeros)
+        sums = lax.fori_loop(0, pl.cdiv(min(pixels, _PIXELS), _ROWS), add, zeros)
         for ref, value in zip(refs[-count:], sums, strict=True):
             triton.store(ref.at[columns], jnp.sum(value, 0), mask=inside)
 
-    whole = pl.BlockSpec((None, pixels, channels), lambda image, _: (image, 0, 0))
-    of_group = pl.BlockSpec((None, channels), lambda image, _: (image // per_group, 0))
-    of_image = pl.BlockSpec((None, channels), lambda image, _: (image, 0))
+    whole = pl.BlockSpec((None, pixels, channels), lambda image, *_: (image, 0, 0))
+    of_group = pl.BlockSpec((None, channels), lambda image, *_: (image // per_group, 0))
+    of_part = pl.BlockSpec((None, None, channels), lambda image, part, _: (image, part, 0))
     sums = pl.pallas_call(
         kernel,
-        grid=(images, pl.cdiv(channels, _COLUMNS)),
+        grid=(images, parts, pl.cdiv(channels, _COLUMNS)),
         in_specs=[whole] * len(arrays) + [of_group] * len(vectors),
-        out_specs=[of_image] * count,
-        out_shape=[jax.ShapeDtypeStruct((images, channels), jnp.float32)] * count,
+        out_specs=[of_part] * count,
+        out_shape=[jax.ShapeDtypeStruct((images, parts, channels), jnp.float32)] * count,
         compiler_params=triton.CompilerParams(num_warps=_WARPS),
         interpret=interpret,
         name="image_sums",
     )(*(x.reshape(images, pixels, channels) for x in arrays), *vectors)
-    return tuple(sums)
+    return tuple(jnp.sum(v, 1) for v in sums)
