@@ -7,6 +7,7 @@ classes most often confused, and how the accuracies of the classes are spread.
 """
 
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from effv2_jax.errors import UserError
 
 _FEW = 40  # up to so many classes the whole matrix is legible
 _PAIRS = 24  # confusions listed of many classes
+_SYNSET = re.compile(r" \(n\d{8}\)$")  # behind a class of ImageNet
 _INK, _FAINT, _GRID = "#2b2f36", "#6b7280", "#dfe4ea"
 _RIGHT, _WRONG = "#0072B2", "#D55E00"  # Okabe and Ito's
 _COLOURS = "Blues"
@@ -180,6 +182,8 @@ def _draw_spread(axis: Axes, result: Mapping[str, Any]) -> None:
 def _name(report: Mapping[str, Any], index: int, width: int = 22) -> str:
     labels = report["labels"]
     name = str(index) if labels is None or index >= len(labels) else labels[index]
+    if len(name) > width:
+        name = _SYNSET.sub("", name)
     # matplotlib reads what stands between two dollars as a formula.
     name = name.replace("$", r"\$")
     return name if len(name) <= width else f"{name[: width - 1]}…"

@@ -74,3 +74,9 @@ def test_report_without_confusions_is_refused(tmp_path):
     path.write_text(json.dumps({"results": {"raw weights": {"top1": 1.0}}}))
     with pytest.raises(UserError, match="several labels"):
         confusion.draw_confusion(path)
+
+
+def test_long_names_of_imagenet_lose_their_synset_before_they_are_cut():
+    labels = ["garbage truck (n03417042)", "tench (n01440764)", "American Staffordshire terrier"]
+    names = [confusion._name({"labels": labels}, index) for index in range(3)]
+    assert names == ["garbage truck", "tench (n01440764)", "American Staffordshir…"]
