@@ -151,23 +151,44 @@ def test_the_names_are_those_of_the_network_as_it_is_built():
         assert owners >= {(layer, part) for part in ("convolution", "norm", "activation")}
 
 
-def test_a_copy_without_a_name_belongs_to_what_it_copies_for():
-    text = """\
+PROGRAM = """\
 HloModule jit_f
 
-%fused.1 (p: f32[2]) -> f32[2] {
+%transposed (p: f32[2]) -> f32[2] {
   %p = f32[2]{0} parameter(0)
-  ROOT %copy.1 = f32[2]{0} copy(%p), metadata={op_name="jit(f)/jvp(EfficientNet)/stem/conv/rev"}
+  ROOT %copy.1 = f32[2]{0} copy(%p)
+}
+
+%turned (p.1: f32[2], p.2: f32[2]) -> f32[2] {
+  ROOT %convolution.8 = f32[2]{0} convolution(%p.1, %p.2), window={size=2}, dim_labels=b01f_01io->b01f
+}
+
+%several (p.3: f32[2]) -> f32[2] {
+  %dot.1 = f32[2]{0} dot(%p.3, %p.3), metadata={op_name="jit(f)/EfficientNet/head/conv/dot_general"}
+  ROOT %dot.2 = f32[2]{0} dot(%dot.1, %p.3), metadata={op_name="jit(f)/EfficientNet/classifier/dot"}
 }
 
 ENTRY %main (a: f32[2]) -> f32[2] {
   %a = f32[2]{0} parameter(0), metadata={op_name="a"}
-  ROOT %fusion.7 = f32[2]{0} fusion(%a), kind=kLoop, calls=%fused.1
+  %copy_fusion.1 = f32[2]{0} fusion(%a), kind=kLoop, calls=%transposed
+  %ynn_fusion.1 = f32[2]{0} fusion(%copy_fusion.1, %a), kind=kCustom, calls=%turned
+  %transpose.3 = f32[2]{0} transpose(%ynn_fusion.1), metadata={op_name="NAME/stem/conv/transpose"}
+  %copy.7 = f32[2]{0} copy(%transpose.3)
+  ROOT %ynn_fusion.2 = f32[2]{0} fusion(%a), calls=%several, metadata={op_name="f/EfficientNet/div"}
 }
-"""
-    owners = kernels.owners_of(text, ())
-    assert owners["fusion.7"] == ("stem", "convolution", "forward")
-    assert "copy.1" not in owners
+""".replace("NAME", BACKWARD.rstrip("/"))  # noqa: E501
+
+
+def test_what_has_no_name_belongs_to_what_reads_it():
+    owners = kernels.owners_of(PROGRAM, ())
+    stem = ("stem", "convolution", "backward")
+    assert [owners[key] for key in ("copy_fusion.1", "ynn_fusion.1", "transpose.3")] == [stem] * 3
+    assert owners["copy.7"][0] == "rest"
+    assert "convolution.8" not in owners
+
+
+def test_a_kernel_with_several_products_belongs_to_the_first():
+    assert kernels.owners_of(PROGRAM, ())["ynn_fusion.2"] == ("head", "convolution", "forward")
 
 
 def test_kernel_times_are_those_of_a_step_that_is_not_profiled():

@@ -178,7 +178,8 @@ def is_done(case: Case, flags: argparse.Namespace, results: Results) -> bool:
 
 # For estimates: what a usual core reaches in a network, and seconds to start and to compile.
 _CORE_FLOPS = 5e10
-_START, _COMPILE, _TRY_COMPILED = 15, 25, 150
+_START, _COMPILE = 15, 25
+_PEER_COMPILE, _PEER_TRIES = 60, 90  # torch.compile: for every case; to find out whether it pays
 
 
 def estimate(cases: Sequence[Case], flags: argparse.Namespace) -> str:
@@ -194,9 +195,9 @@ def estimate(cases: Sequence[Case], flags: argparse.Namespace) -> str:
         one += 0 if flags.steps else flags.rounds * max(0.0, flags.seconds - step)
         seconds += one * (len(flags.lowering) + len(flags.peer)) + _COMPILE * len(flags.lowering)
         kind = dataclasses.replace(case, batch=0)
-        if flags.peer_compile != "off" and kind not in tried:
+        if flags.peer_compile != "off":
             torch = [name for name in flags.peer if "torch" in peers.PEERS[name].modules]
-            seconds += _TRY_COMPILED * len(torch)
+            seconds += (_PEER_COMPILE + _PEER_TRIES * (kind not in tried)) * len(torch)
             tried.add(kind)
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{len(cases)} cases, very roughly {hours} h {minutes:02d} min on an idle machine"

@@ -42,7 +42,7 @@ def _prepared(task: Mapping[str, Any]) -> Prepared:
     make = _inference if task["mode"] == "infer" else _training
     run, program, parameters = make(task, mesh)
     run(1)
-    settings = [TUNING.removeprefix("tuning: "), f"{mesh.size} devices"]
+    settings = [TUNING.removeprefix("tuning: "), f"{mesh.size} device{'s' * (mesh.size > 1)}"]
     facts = {
         "settings": ", ".join(settings),
         "versions": {"jax": jax.__version__, "jaxlib": jaxlib.__version__} | _python(),

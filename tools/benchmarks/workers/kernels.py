@@ -1,10 +1,11 @@
 """Which layer every kernel of a compiled step belongs to, and how long the kernels take.
 
 XLA writes into its programs from which operation of the network an instruction came; a profile of a
-few steps has the time of each. A kernel that does several things counts for the last of them.
+few steps has the time of each.
 """
 
 import collections
+import dataclasses
 import re
 import statistics
 import tempfile
@@ -19,6 +20,8 @@ Owner = tuple[str, str, str]
 _NETWORK = re.compile(r"EfficientNet\)*/(.+)")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?(\S+) = ")
 _OPERATION = re.compile(r'op_name="([^"]*)"')
+_OPERAND = re.compile(r"%([\w.\-]+)")
+_PRODUCT = re.compile(r" (?:convolution|dot)\(")
 _CALLED = re.compile(r"calls=%?([\w.\-]+)")
 _ACTIVATION = re.compile("silu|swish|relu|gelu|mish")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
@@ -79,29 +82,51 @@ def _events(data: Any, *, on_host: bool) -> Iterator[tuple[str, float]]:
                         break
 
 
+@dataclasses.dataclass
+class _Instruction:
+    """One of the main computation: its operation's name, what it calls, whose results it reads."""
+
+    name: str
+    called: str
+    operands: list[str]
+
+
 def owners_of(text: str, blocks: Sequence[Any]) -> dict[str, Owner]:
-    """Reads a compiled program: instruction of the main computation -> whose it is."""
-    found: dict[str, tuple[str, str]] = {}  # instruction -> its operation, what it calls
-    operations: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
-    computation, main = "", False
+    """Reads a compiled program: instruction of the main computation -> whose it is.
+
+    A kernel with convolutions or products in it belongs to the first of them. What has no name, a
+    copy that XLA made or a convolution that it turned around, belongs to what reads it.
+    """
+    main, products = _read(text)
+    names: dict[str, str] = {}
+    wanted: dict[str, str] = {}  # instruction -> name of the first in the network that reads it
+    for key, instruction in reversed(main.items()):
+        name = products.get(instruction.called) or instruction.name or wanted.get(key, "")
+        names[key] = name
+        if _NETWORK.search(name):
+            for operand in instruction.operands:
+                wanted[operand] = name
+    return {key: owner_of(names[key], blocks) for key in main}
+
+
+def _read(text: str) -> tuple[dict[str, _Instruction], dict[str, str]]:
+    """Returns the main computation, and of the others the name of the first product in each."""
+    main: dict[str, _Instruction] = {}
+    products: dict[str, str] = {}
+    computation, is_main = "", False
     for line in text.splitlines():
         if header := _COMPUTATION.match(line):
-            main, computation = bool(header[1]), header[2]
-        elif instruction := _INSTRUCTION.match(line):
+            is_main, computation = bool(header[1]), header[2]
+        elif found := _INSTRUCTION.match(line):
             operation = _OPERATION.search(line)
             name = operation[1] if operation else ""
-            if name:
-                operations[computation][name] += 1
-            if main:
+            if is_main:
                 called = _CALLED.search(line)
-                found[instruction[1]] = name, called[1] if called else ""
-    owners = {}
-    for instruction, (name, called) in found.items():
-        if not name and called in operations:
-            # A copy that XLA made: it belongs to what it copies for.
-            name = operations[called].most_common(1)[0][0]
-        owners[instruction] = owner_of(name, blocks)
-    return owners
+                operands = _OPERAND.findall(line.partition(" = ")[2].partition("), ")[0])
+                main[found[1]] = _Instruction(name, called[1] if called else "", operands)
+            elif _PRODUCT.search(line) and name:
+                products.setdefault(computation, name)
+    return main, products
 
 
 def owner_of(name: str, blocks: Sequence[Any]) -> Owner:
