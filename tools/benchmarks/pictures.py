@@ -143,8 +143,8 @@ def _beside(axis: Axes, text: str, point: tuple[float, float]) -> None:
 
 
 def _part_name(record: Record) -> str:
-    times = f"{record['count']} x  " if record["count"] > 1 else ""
-    return f"{times}{record['part']}"
+    blocks = f", {record['count']} blocks" if record["count"] > 1 else ""
+    return f"{record['part']}{blocks}"
 
 
 def roofline(found: Sequence[Record]) -> Figure:

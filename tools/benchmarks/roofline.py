@@ -24,8 +24,9 @@ _KINDS = ("stem", "dense", "pointwise", "depthwise", "head", "classifier")
 _EPILOG = """\
 Layers include what rides along: their norm, activation, squeeze-excite, shortcut, pooling. The
 bound is the larger of operations / matrix rate and bytes / copy rate, layer by layer; "by matmul"
-says how much of it is arithmetic. The rates are measured before and after, the higher ones count. A kernel with several convolutions or products in it
-counts for the first, another one that does several things for the last of them.
+says how much of it is arithmetic. The rates are measured before and after, the higher ones count.
+A kernel with several convolutions or products in it counts for the first, another one that does
+several things for the last of them.
 """
 
 
