@@ -1,7 +1,6 @@
 """Results as they are kept: ratios, tables, rows of the CSV, and what need not be repeated."""
 
 import csv
-import json
 import sys
 from pathlib import Path
 
@@ -143,7 +142,9 @@ def test_settings_name_what_else_was_tried():
     assert settings(record) == "timm: torch 2; eager (tried: eager 1 ms; compiled 2 ms)"
 
 
-@pytest.mark.parametrize("content", ["", "[]", json.dumps({"machines": [], "results": 1})])
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"machines": [], "results": 1}', '{"machines": [], "results": [{}]}']
+)
 def test_a_file_that_holds_no_results_is_refused(tmp_path, content):
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(UserError, match="no results"):

@@ -187,7 +187,8 @@ def read(path: str | Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(Path(path).read_text())
-        if all(isinstance(content[key], list) for key in ("machines", "results")):
+        # Files of an earlier form of the tool did not say what kind of result each is.
+        if isinstance(content["machines"], list) and all("kind" in r for r in content["results"]):
             return content
     except (OSError, ValueError, KeyError, TypeError):
         pass
