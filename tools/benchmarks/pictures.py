@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 
 from benchmarks.results import Record
-from benchmarks.roofline import kernel_times
+from benchmarks.roofline import has_kernels, kernel_times
 
 # Okabe and Ito's colours, which colour-blind people tell apart too; the first is this project.
 _COLOURS = {
@@ -168,7 +168,11 @@ def _roof(axis: Axes, record: Record) -> None:
     axis.set_yscale("log")
     peak, copies = record["matmul_flops"] / 1e9, record["copy_bytes"] / 1e9
     times = kernel_times(record, "layer")
-    layers = {kind: (row, times[kind]) for kind, row in record["layers"].items() if times[kind]}
+    layers = {
+        kind: (row, times[kind])
+        for kind, row in record["layers"].items()
+        if has_kernels(row, times[kind])
+    }
     rows = record["layers"].values()
     whole = {key: sum(row[key] for row in rows) for key in ("operations", "bytes", "bound_ms")}
     layers["whole step"] = whole, record["step_ms"]

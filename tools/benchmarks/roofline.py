@@ -26,7 +26,7 @@ Layers include what rides along: their norm, activation, squeeze-excite, shortcu
 bound is the larger of operations / matrix rate and bytes / copy rate, layer by layer; "by matmul"
 says how much of it is arithmetic. The rates are measured before and after, the higher ones count.
 A kernel with several convolutions or products in it counts for the first, another one that does
-several things for the last of them.
+several things for the last of them; "-": computed in the kernels of other layers.
 """
 
 
@@ -176,6 +176,11 @@ def table(record: Record) -> str:
     return "\n".join(lines)
 
 
+def has_kernels(row: dict[str, float], milliseconds: float) -> bool:
+    """Whether a kind of layers has kernels of its own, not parts of others' alone."""
+    return milliseconds > row["bound_ms"] / 10
+
+
 def layer_rows(record: Record) -> list[list[str]]:
     """The kinds of layers, then all of them, as the cells of a table."""
     times = kernel_times(record, "layer")
@@ -191,7 +196,7 @@ def layer_rows(record: Record) -> list[list[str]]:
             f"{row['bound_ms']:.1f}",
             f"{row['arithmetic_ms'] / row['bound_ms']:.0%}",
             f"{milliseconds:.1f}",
-            f"{row['bound_ms'] / milliseconds:.0%}" if milliseconds else "",
+            f"{row['bound_ms'] / milliseconds:.0%}" if has_kernels(row, milliseconds) else "-",
         ]
         for name, row, milliseconds in [*rows, ("the step", total, record["step_ms"])]
     ]
