@@ -22,7 +22,7 @@ def _benchmark(*arguments):
         env={**os.environ, "PYTHONPATH": str(ROOT), "EFFV2_NO_TUNE": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
 
 
