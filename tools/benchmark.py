@@ -7,17 +7,17 @@
     python tools/benchmark.py block --model efficientnetv2-s   # stem, blocks and head alone
     python tools/benchmark.py roofline                         # how near to the machine's limit
     python tools/benchmark.py input                            # reading, decoding, resizing
-    python tools/benchmark.py end-to-end                        # a real run beside its step
-    python tools/benchmark.py depthwise                        # every shape, every pass
+    python tools/benchmark.py end-to-end                       # a real run beside its step
+    python tools/benchmark.py depthwise                       # every shape, every pass
     python tools/benchmark.py memory --image-size 128,300      # the largest batches
     python tools/benchmark.py gpu --out gpu --minutes 30       # what matters on a GPU
     python tools/benchmark.py augment                          # every operation on the device
     python tools/benchmark.py compile-only h200                # counts what a step costs there
     python tools/benchmark.py draw FILES --out pictures        # of what was measured
-    python tools/benchmark.py tables FILES                      # the same in Markdown
+    python tools/benchmark.py tables FILES                     # the same in Markdown
     python tools/benchmark.py PART --help
 
-`step --cores 1` measures on one core; other parts are bound to it: `taskset -c 1 python ...`.
+`--cores 1` measures on one core; `input` and `augment` are bound to it: `taskset -c 1 python ...`.
 """
 
 import importlib

@@ -29,13 +29,13 @@ def _flags(folder, minutes=30):
     return argparse.Namespace(out=folder, minutes=minutes, dry_run=True)
 
 
-def test_every_command_of_the_list_has_arguments_that_are_right(monkeypatch):
+def test_every_command_of_the_list_has_arguments_that_are_right():
     parts = {"step": step, "depthwise": depthwise, "memory": memory}
     for job in gpu.jobs():
         for command in (job.arguments, job.tiny):
             if module := parts.get(command[0]):
                 with pytest.raises(SystemExit) as ended:
-                    module.run([*command[1:], "--json", "/tmp/x.json", "--help"])
+                    module.run([*command[1:], "--json", "x.json", "--help"])
                 assert ended.value.code == 0
             if command[0] == "step":
                 flags = step.parse(command[1:])
