@@ -7,10 +7,11 @@ from typing import Any
 
 from benchmarks import contest
 from effv2_jax.command import check_output
+from effv2_jax.config import CHOICES
 from effv2_jax.errors import UserError
 
 DTYPES = ("float32", "bfloat16")
-LOWERINGS = ("auto", "plain", "cpu", "gpu")
+LOWERINGS = CHOICES["model.lowering"]
 
 
 def several(kind: type) -> Callable[[str], list[Any]]:

@@ -15,20 +15,13 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from serve import Prepared, RefusedError, serve
+from serve import Prepared, serve
 
 from effv2_jax import startup
 from effv2_jax.errors import UserError
 
 
 def _prepare(task: Mapping[str, Any]) -> Prepared:
-    try:
-        return _prepared(task)
-    except UserError as error:
-        raise RefusedError(str(error)) from error
-
-
-def _prepared(task: Mapping[str, Any]) -> Prepared:
     import jax
 
     from effv2_jax.training import compile as programs
@@ -175,4 +168,4 @@ def _step(
 if __name__ == "__main__":
     startup.tune(sys.argv, enabled="--no-tune" not in sys.argv)
     importlib.import_module("jax").devices()
-    serve(_prepare)
+    serve(_prepare, refusals=(UserError,))

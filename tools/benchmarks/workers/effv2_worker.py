@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import kernels
-from serve import Prepared, RefusedError, serve
+from serve import Prepared, serve
 
 from effv2_jax import startup
 from effv2_jax.errors import UserError
@@ -24,13 +24,6 @@ Run = Callable[[int], None]
 
 
 def _prepare(task: Mapping[str, Any]) -> Prepared:
-    try:
-        return _prepared(task)
-    except UserError as error:
-        raise RefusedError(str(error)) from error
-
-
-def _prepared(task: Mapping[str, Any]) -> Prepared:
     import jax
     import jaxlib
 
@@ -239,4 +232,4 @@ if __name__ == "__main__":
     # Before memory is first looked at.
     importlib.import_module("effv2_jax.training.step")
     importlib.import_module("jax").devices()
-    serve(_prepare)
+    serve(_prepare, refusals=(UserError,))

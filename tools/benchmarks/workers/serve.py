@@ -44,8 +44,15 @@ class Prepared:
     profile: Callable[[int], dict[str, Any]] | None = None
 
 
-def serve(prepare: Callable[[Mapping[str, Any]], Prepared]) -> None:
-    """Answers until told to quit or left alone."""
+def serve(
+    prepare: Callable[[Mapping[str, Any]], Prepared], *, refusals: tuple[type[Exception], ...] = ()
+) -> None:
+    """Answers until told to quit or left alone.
+
+    Args:
+        prepare: makes what is measured, from the task.
+        refusals: exceptions that say what the user asked wrongly, beside `RefusedError`.
+    """
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a framework prints must not come between the answers
     before = _resident("VmRSS")
@@ -69,7 +76,7 @@ def serve(prepare: Callable[[Mapping[str, Any]], Prepared]) -> None:
                     "resident_bytes": None if peak is None else peak - before,
                     "device_bytes": prepared.device_bytes(),
                 }
-        except RefusedError as error:
+        except (RefusedError, *refusals) as error:
             answer = {"refused": str(error)}
         except Exception as error:
             traceback.print_exc()
