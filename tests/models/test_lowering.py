@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
 from effv2_jax.models import lowering
-from effv2_jax.models.lowering import cpu_depthwise, windows
+from effv2_jax.models.lowering import cpu_depthwise, cpu_winograd, windows
 from effv2_jax.models.network import create_model, init_variables
 
 # Sums of up to k * k * C (values) or N * H * W (gradients of kernels) float32 products in another
@@ -92,8 +92,11 @@ def test_any_geometry_equals_the_plain_form(kind, kernel, stride, height, width,
     [
         (8, 12, 1, 1),  # gradient of the kernel in chunks of rows
         (100, 104, 1, 1),  # as one product
-        (100, 8, 1, 1),  # by the transposed input
-        (24, 40, 3, 1),  # by a convolution with the roles swapped
+        (100, 8, 1, 1),  # of the transposed kernel
+        (16, 24, 3, 1),  # by a convolution with the roles swapped
+        (24, 48, 3, 1),  # everything by Winograd's transformations
+        (32, 40, 3, 1),  # the gradient of the kernel not
+        (24, 24, 3, 1),  # only that
         (40, 48, 3, 2),  # by a product for every tap; the gradient of the input is XLA's
         (40, 33, 3, 2),  # the same, transposed
         (20, 40, 3, 2),  # the gradient of the input by phases
@@ -107,10 +110,47 @@ def test_every_choice_by_shape_equals_the_plain_form(channels, filters, kernel, 
     _assert_equal_forms("dense", x, weights, stride=stride)
 
 
+@pytest.mark.parametrize("padding", ["SAME", "VALID", ((0, 1), (2, 0)), ((2, 2), (1, 1))])
+@pytest.mark.parametrize("size", [(10, 11), (13, 10)])
+def test_winograd_equals_the_plain_form(size, padding, monkeypatch):
+    calls = []
+    for name in ("convolve", "kernel_gradient"):
+        form = getattr(cpu_winograd, name)
+        spy = functools.partial(lambda form, name, *a: calls.append(name) or form(*a), form, name)
+        monkeypatch.setattr(cpu_winograd, name, spy)
+    x, weights = _operands("dense", size=size, channels=24, filters=48, kernel=3)
+    _assert_equal_forms("dense", x, weights, stride=1, padding=padding)
+    assert sorted(calls) == ["convolve", "convolve", "kernel_gradient"]
+
+
+def test_winograd_is_more_exact_than_the_direct_convolution():
+    x, weights = _operands("dense", size=(24, 24), channels=48, filters=192, kernel=3)
+    with jax.enable_x64(True):
+        wide = [np.asarray(v, np.float64) for v in (x, weights)]
+        exact = _value_and_gradients(_operation("dense", "plain", 1, "SAME"), *wide)
+        exact = [np.asarray(v) for v in exact]
+
+    def errors(form):
+        results = _value_and_gradients(_operation("dense", form, 1, "SAME"), x, weights)
+        pairs = zip(map(np.float64, results), exact, strict=True)
+        return np.array([np.sqrt(np.mean((a - b) ** 2)) / np.std(b) for a, b in pairs])
+
+    # Shorter sums make up for the transformations.
+    ours, direct = errors("cpu"), errors("plain")
+    assert np.all(ours < direct)
+
+
 def test_tall_images_are_cut_into_bands_with_the_same_gradient(monkeypatch):
     monkeypatch.setattr(cpu_depthwise, "_MAX_UNROLLED_ROWS", 4)
     for size, stride in (((13, 6), 1), ((16, 5), 1), ((21, 7), 2)):
         x, weights = _operands("depthwise", size=size, kernel=3)
+        _assert_equal_forms("depthwise", x, weights, stride=stride)
+
+
+def test_large_maps_are_taken_a_few_images_at_a_time(monkeypatch):
+    monkeypatch.setattr(cpu_depthwise, "_LARGE", 1)
+    for examples, stride in ((4, 1), (6, 2), (3, 1)):
+        x, weights = _operands("depthwise", n=examples, size=(9, 8), kernel=3)
         _assert_equal_forms("depthwise", x, weights, stride=stride)
 
 

@@ -2,17 +2,17 @@
 
 XLA runs convolutions forward, and their input gradients at stride 1, near the speed of its matrix
 product. The exceptions, measured in `docs/performance.md`, are what this file is about: 1x1
-convolutions, the input gradient at stride 2, and the gradient of the kernel.
+convolutions, the input gradient at stride 2, and the gradient of the kernel. At stride 1
+`cpu_winograd.py` is faster still where there are enough channels.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from effv2_jax.models.lowering import plain
+from effv2_jax.models.lowering import cpu_winograd, plain
 from effv2_jax.models.lowering.geometry import Axis, Geometry
 from effv2_jax.models.lowering.windows import interleave, materialize, pad_image, sum_type, window
 
@@ -41,9 +41,6 @@ def _pointwise(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def _pointwise_forward(
     x: jax.Array, kernel: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    if _outer_sum_form(math.prod(x.shape[:3]), *kernel.shape[2:]) == "transposed":
-        # Otherwise x is computed a second time for its transposition, in strides.
-        x = materialize(x)
     return _pointwise(x, kernel), (x, kernel)
 
 
@@ -68,6 +65,8 @@ def _dense(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
     if missing:
         x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, missing)))
         kernel = jnp.pad(kernel, ((0, 0), (0, 0), (0, missing), (0, 0)))
+    if cpu_winograd.is_faster(x, kernel.shape, geometry):
+        return cpu_winograd.convolve(x, kernel.astype(x.dtype), geometry)
     return plain.dense(x, kernel, geometry)
 
 
@@ -83,8 +82,13 @@ def _dense_backward(
     x, kernel = residuals
     channels, filters = kernel.shape[2:]
     if geometry.strides == (1, 1):
-        dx = _plain_gradient(x, kernel, geometry, dy, of=0)
-        return dx, _kernel_gradient_by_swapping(x, dy, kernel, geometry)
+        backward = kernel[::-1, ::-1].swapaxes(2, 3)
+        dx = _dense(dy, backward, geometry.of_input_gradient)
+        if cpu_winograd.is_gradient_faster(x, kernel.shape, geometry):
+            dkernel = cpu_winograd.kernel_gradient(x, dy, geometry).astype(kernel.dtype)
+        else:
+            dkernel = _kernel_gradient_by_swapping(x, dy, kernel, geometry)
+        return dx, dkernel
     if channels < 32:
         dx = _input_gradient_by_phases(dy, kernel, geometry)
     else:
@@ -152,14 +156,11 @@ def _kernel_gradient_by_swapping(
     XLA's own gradient convolves x with dy: the same sum with the two in each other's place, equally
     fast or up to 1.7 times slower, depending on which of them has how many channels.
     """
-    pads = [
-        (a.kernel - 1 - a.low, a.kernel - 1 - a.high) for a in (geometry.rows, geometry.columns)
-    ]
     reversed_taps = lax.conv_general_dilated(
         dy,
         x,
         (1, 1),
-        pads,
+        geometry.of_input_gradient.padding,
         dimension_numbers=("CHWN", "IHWO", "HWNC"),
         preferred_element_type=sum_type(x),
     )  # [k, k, O, C]
@@ -184,33 +185,27 @@ def outer_sum(x: jax.Array, dy: jax.Array) -> jax.Array:
     """Sum over the rows of x [rows, C] and dy [rows, O] of their outer products.
 
     The product contracts the long axis of both operands, which XLA's fast matrix product does not
-    take; the general one that is left is slow for few columns. Three ways, chosen by shape.
+    take; the general one that is left likes the operand with fewer columns first, and short
+    products where it has few.
 
     Returns:
         [C, O], float32 or wider.
     """
     rows, channels = x.shape
+    filters = dy.shape[1]
+    if channels > filters:
+        # Materialised, or XLA folds the transposition back into the product.
+        return materialize(outer_sum(dy, x)).T
     wide = sum_type(x)
-    form = _outer_sum_form(rows, channels, dy.shape[1])
-    if form == "chunks":
-        parts = lax.dot_general(
+    if channels <= 96 and rows >= 4096 and rows % _CHUNK == 0:
+        parts = lax.dot_general(  # a batch of short products that stay in the cache
             x.reshape(-1, _CHUNK, channels),
-            dy.reshape(-1, _CHUNK, dy.shape[1]),
+            dy.reshape(-1, _CHUNK, filters),
             (((1,), (1,)), ((0,), (0,))),
             preferred_element_type=wide,
         )
         return parts.sum(0)
-    if form == "transposed":
-        # The barrier keeps XLA from folding the transposition back into the product.
-        return lax.dot(lax.optimization_barrier(x.T), dy, preferred_element_type=wide)
     return lax.dot_general(x, dy, (((0,), (0,)), ((), ())), preferred_element_type=wide)
-
-
-def _outer_sum_form(rows: int, channels: int, filters: int) -> str:
-    """Chooses how `outer_sum` computes, by the shapes of its operands."""
-    if channels <= 96 and rows >= 4096 and rows % _CHUNK == 0:
-        return "chunks"  # a batch of short products that stay in the cache
-    return "transposed" if channels > filters else "product"
 
 
 def _pixels(x: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from effv2_jax.models.lowering import plain
 from effv2_jax.models.lowering.geometry import Geometry
@@ -18,6 +19,11 @@ from effv2_jax.models.lowering.windows import interleave, materialize, pad_image
 # The kernel gradient adds this many rows in one expression. Taller images are cut into bands,
 # since the size of the program grows with the rows: 48 costs about a second of compilation.
 _MAX_UNROLLED_ROWS = 48
+
+# It takes so many images at a time where the padded input has more numbers than this: 6 MiB, which
+# with dy is as much as stays in a last-level cache.
+_TILE = 2
+_LARGE = 6 * 2**18
 
 
 def depthwise(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
@@ -29,27 +35,32 @@ def depthwise(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _shifted(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
-    rows, columns = geometry.rows, geometry.columns
-    padded = pad_image(x, geometry.padding)
-    total = jnp.zeros((), sum_type(x))
-    for i in range(rows.kernel):
-        for j in range(columns.kernel):
-            total += window(padded, geometry, i, j).astype(total.dtype) * _tap(kernel, i, j, x)
-    return materialize(total.astype(x.dtype))
+    return _shifted_forward(x, kernel, geometry)[0]
 
 
 def _shifted_forward(
     x: jax.Array, kernel: jax.Array, geometry: Geometry
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _shifted(x, kernel, geometry), (x, kernel)
+    # Materialised, or XLA takes the middle of every window from x instead of the padded image, and
+    # computes the activation that x comes from once for each.
+    padded = materialize(pad_image(x, geometry.padding))
+    total = jnp.zeros((), sum_type(x))
+    for i in range(geometry.rows.kernel):
+        for j in range(geometry.columns.kernel):
+            total += window(padded, geometry, i, j).astype(total.dtype) * _tap(kernel, i, j, x)
+    return materialize(total.astype(x.dtype)), (padded, kernel)
 
 
 def _shifted_backward(
     geometry: Geometry, residuals: tuple[jax.Array, jax.Array], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    x, kernel = residuals
+    padded, kernel = residuals
     dy = materialize(dy)
-    return _input_gradient(dy, kernel, geometry), _kernel_gradient(x, dy, kernel, geometry)
+    gradient = _kernel_gradient(padded, dy, geometry)
+    return (
+        _input_gradient(dy, kernel, geometry),
+        gradient.reshape(kernel.shape).astype(kernel.dtype),
+    )
 
 
 _shifted.defvjp(_shifted_forward, _shifted_backward)
@@ -80,10 +91,28 @@ def _input_gradient(dy: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax
     return materialize(interleave(phases, geometry))
 
 
-def _kernel_gradient(
-    x: jax.Array, dy: jax.Array, kernel: jax.Array, geometry: Geometry
-) -> jax.Array:
+def _kernel_gradient(padded: jax.Array, dy: jax.Array, geometry: Geometry) -> jax.Array:
     """Gradient of each tap: the sum over images, rows and columns of its window times dy.
+
+    Args:
+        padded: [N, H, W, C], with its padding.
+        dy: [N, H', W', C].
+        geometry: of the convolution.
+
+    Returns:
+        [k * k, C], float32 or wider.
+    """
+    examples = dy.shape[0]
+    if examples % _TILE or padded.size < _LARGE:
+        return _sums_of_taps(padded, dy, geometry)
+    # Every tap reads both arrays again: a few images at a time they stay in the cache.
+    tiles = [v.reshape(-1, _TILE, *v.shape[1:]) for v in (padded, dy)]
+    sums = lax.map(lambda t: _sums_of_taps(*map(materialize, t), geometry), tiles)
+    return sums.sum(0)
+
+
+def _sums_of_taps(padded: jax.Array, dy: jax.Array, geometry: Geometry) -> jax.Array:
+    """What `_kernel_gradient` returns, of arrays that fit into the cache.
 
     A reduction per tap would read everything k * k times in strides. Adding the rows in one
     expression first leaves [k * k, N, bands, W, C] as one vectorised loop and a small sum.
@@ -92,13 +121,12 @@ def _kernel_gradient(
     bands = -(-rows.out // _MAX_UNROLLED_ROWS)
     band = -(-rows.out // bands)
     missing = bands * band - rows.out  # zero rows that make the last band full
-    (top, bottom), sides = geometry.padding
-    padded = pad_image(x, ((top, bottom + rows.stride * missing), sides))
+    padded = pad_image(padded, ((0, rows.stride * missing), (0, 0)))
     dy = pad_image(dy, ((0, missing), (0, 0)))
     sums = []
     for i in range(rows.kernel):
         for j in range(columns.kernel):
-            total = jnp.zeros((), sum_type(x))
+            total = jnp.zeros((), sum_type(dy))
             for row in range(band):  # this row of every band: [N, bands, W, C]
                 first = i + rows.stride * row
                 last = first + rows.stride * band * (bands - 1)
@@ -109,8 +137,7 @@ def _kernel_gradient(
                 ]
                 total += part.astype(total.dtype) * dy[:, row::band].astype(total.dtype)
             sums.append(total)
-    gradient = jnp.stack(sums).sum((1, 2, 3))
-    return gradient.reshape(kernel.shape).astype(kernel.dtype)
+    return jnp.stack(sums).sum((1, 2, 3))
 
 
 def _tap(kernel: jax.Array, i: int, j: int, like: jax.Array) -> jax.Array:

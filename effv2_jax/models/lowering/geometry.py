@@ -73,6 +73,18 @@ class Geometry:
         return (self.rows.low, self.rows.high), (self.columns.low, self.columns.high)
 
     @property
+    def of_input_gradient(self) -> "Geometry":
+        """Of the convolution of dy, with the taps reversed, that is the input's gradient; stride 1.
+
+        Only where no padding reaches beyond the kernel.
+        """
+        axes = (
+            Axis(a.out, a.kernel, 1, a.kernel - 1 - a.low, a.kernel - 1 - a.high)
+            for a in (self.rows, self.columns)
+        )
+        return Geometry(*axes)
+
+    @property
     def is_pointwise(self) -> bool:
         """Whether every output pixel reads exactly the input pixel at its own place."""
         return all(
