@@ -77,9 +77,11 @@ class BatchNorm(nn.Module):
         moving_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)
         moving_var = self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32)
 
+        forms = lowering.choose(self.implementation)
+
         def follow(y: Array) -> Array:
             y = y.astype(self.dtype)
-            y = y if activation is None else activation(y)
+            y = y if activation is None else forms.activation(activation)(y)
             return y if gate is None else gate(y)
 
         if not train or self._is_frozen():
@@ -90,7 +92,7 @@ class BatchNorm(nn.Module):
         groups, device_groups = self._layout(x.shape[0], axis_name)
         if device_groups and len(device_groups[0]) == 1:
             axis_name = None  # every device is a group of its own
-        own = lowering.choose(self.implementation).norm
+        own = forms.norm
         if own is not None and not self.two_pass and not self.is_initializing():
             how = lowering.Norm(self.epsilon, groups, axis_name, device_groups, activation)
             params = None

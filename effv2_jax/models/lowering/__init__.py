@@ -22,6 +22,7 @@ __all__ = ["IMPLEMENTATIONS", "TABLE", "Lowering", "Norm", "choose", "conv2d", "
 
 IMPLEMENTATIONS = ("auto", "plain", "cpu", "gpu")
 
+_Function = Callable[[jax.Array], jax.Array]
 _Form = Callable[[jax.Array, jax.Array, Geometry], jax.Array]
 
 
@@ -36,6 +37,7 @@ class Lowering:
         norm: batch normalisation in training with what follows it up to the next convolution, as
             `gpu_norm.norm`, differentiable once; None: as `norm.BatchNorm` defines it,
             differentiated by JAX.
+        activation: makes of an activation function the one that is used.
         stored: applied to the input of a block with a shortcut, which several operations read.
     """
 
@@ -43,12 +45,18 @@ class Lowering:
     pointwise: _Form
     depthwise: _Form
     norm: Callable[..., tuple[jax.Array, jax.Array, jax.Array]] | None = None
-    stored: Callable[[jax.Array], jax.Array] = lambda x: x
+    activation: Callable[[_Function], _Function] = lambda function: function
+    stored: _Function = lambda x: x
 
 
 _PLAIN = Lowering(dense=plain.dense, pointwise=plain.dense, depthwise=plain.depthwise)
 _CPU = Lowering(
-    dense=cpu_dense.dense, pointwise=cpu_dense.pointwise, depthwise=cpu_depthwise.depthwise
+    dense=cpu_dense.dense,
+    pointwise=cpu_dense.pointwise,
+    depthwise=cpu_depthwise.depthwise,
+    # The sigmoid of silu is computed again in the backward pass: to keep it costs as much time, a
+    # pass that writes nothing else, and the memory of another activation.
+    activation=jax.checkpoint,
 )
 _GPU = replace(_PLAIN, dense=gpu_dense.dense, norm=gpu_norm.norm, stored=gpu_norm.stored)
 
