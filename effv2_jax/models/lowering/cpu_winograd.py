@@ -13,14 +13,10 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from effv2_jax.models.lowering.geometry import Geometry
 from effv2_jax.models.lowering.windows import materialize
-
-# Of the kernel: [4, 3]. Those of the input and the output are sums, written out below.
-_G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], np.float32)
 
 
 def is_faster(x: jax.Array, kernel_shape: Sequence[int], geometry: Geometry) -> bool:
@@ -44,8 +40,7 @@ def _applies(x: jax.Array, geometry: Geometry) -> bool:
 
 def convolve(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
     """Convolution of x [N, H, W, C] with kernel [3, 3, C, O] at stride 1: [N, H', W', O]."""
-    transformed = jnp.einsum("ai,bj,ijco->abco", _G, _G, kernel, precision="highest")
-    transformed = transformed.reshape(16, *kernel.shape[2:])
+    transformed = _kernel_tiles(kernel)
 
     def convolve_image(image: jax.Array) -> jax.Array:
         products = lax.dot_general(
@@ -66,12 +61,19 @@ def kernel_gradient(x: jax.Array, dy: jax.Array, geometry: Geometry) -> jax.Arra
     shape = (16, x.shape[3], dy.shape[3])
     total, _ = lax.scan(add_image, jnp.zeros(shape, x.dtype), (x, dy))
     total = total.reshape(4, 4, *shape[1:])
-    return jnp.einsum("ai,bj,abco->ijco", _G, _G, total, precision="highest")
+    taps = _along_both(total, lambda a, b, c, e: (a + (b + c) / 2, (b - c) / 2, (b + c) / 2 + e))
+    return jnp.stack([jnp.stack(line) for line in taps])
 
 
 def _tiles(geometry: Geometry) -> tuple[int, int]:
     """Rows and columns of tiles; the last of an odd axis is half outside."""
     return -(-geometry.rows.out // 2), -(-geometry.columns.out // 2)
+
+
+def _kernel_tiles(kernel: jax.Array) -> jax.Array:
+    """G g G^T: [3, 3, C, O] -> [16, C, O]."""
+    tile = _along_both(kernel, lambda a, b, c: (a, (a + b + c) / 2, (a - b + c) / 2, c))
+    return jnp.stack([v for line in tile for v in line])
 
 
 def _input_tiles(image: jax.Array, geometry: Geometry) -> jax.Array:
