@@ -8,7 +8,7 @@
     python tools/benchmark.py roofline                         # how near to the machine's limit
     python tools/benchmark.py input                            # reading, decoding, resizing
     python tools/benchmark.py end-to-end                       # a real run beside its step
-    python tools/benchmark.py depthwise                        # every shape, every pass
+    python tools/benchmark.py convolutions                     # every shape, every pass
     python tools/benchmark.py memory --image-size 128,300      # the largest batches
     python tools/benchmark.py gpu --out gpu --minutes 30       # what matters on a GPU
     python tools/benchmark.py augment                          # every operation on the device
@@ -34,7 +34,7 @@ PARTS = {
     "grid": "benchmarks.grid",
     "block": "benchmarks.block",
     "roofline": "benchmarks.roofline",
-    "depthwise": "benchmarks.depthwise",
+    "convolutions": "benchmarks.convolutions",
     "memory": "benchmarks.memory",
     "gpu": "benchmarks.gpu",
     "end-to-end": "benchmarks.end_to_end",

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
 import benchmark  # noqa: E402
-from benchmarks import depthwise, gpu, grid, memory, step  # noqa: E402
+from benchmarks import convolutions, gpu, grid, memory, step  # noqa: E402
 
 from effv2_jax.command import Parser  # noqa: E402
 
@@ -30,7 +30,7 @@ def _flags(folder, minutes=30):
 
 
 def test_every_command_of_the_list_has_arguments_that_are_right():
-    parts = {"step": step, "depthwise": depthwise, "memory": memory}
+    parts = {"step": step, "convolutions": convolutions, "memory": memory}
     for job in gpu.jobs():
         for command in (job.arguments, job.tiny):
             if module := parts.get(command[0]):
@@ -98,12 +98,21 @@ def test_the_largest_batch_leaves_room_and_is_a_multiple_of_eight():
     assert memory.largest(20e9, 1e9, 16) == 0
 
 
-def test_depthwise_shapes_are_those_of_the_network_each_once():
-    found = depthwise.shapes_of("efficientnetv2-b0", 192)
-    assert {"side": 24, "channels": 192, "kernel": 3, "stride": 2} in found
-    assert {"side": 6, "channels": 1152, "kernel": 3, "stride": 1} in found
+def test_shapes_are_those_of_the_network_each_once():
+    found = convolutions.shapes_of("efficientnetv2-b0", 192, ["depthwise"])
+    shape = {"type": "depthwise", "side": 24, "channels": 192, "filters": 192, "kernel": 3}
+    assert {**shape, "stride": 2} in found
+    assert {**shape, "side": 6, "channels": 1152, "filters": 1152, "stride": 1} in found
     assert len(found) == 6
-    five = depthwise.shapes_of("efficientnet-b0", 224)
+    dense = convolutions.shapes_of("efficientnetv2-b0", 192, ["dense"])
+    numbers = [(s["side"], s["channels"], s["filters"], s["stride"]) for s in dense]
+    assert numbers == [
+        (96, 32, 16, 1), (96, 16, 64, 2), (48, 32, 128, 1), (48, 32, 128, 2), (24, 48, 192, 1),
+    ]  # fmt: skip
+    pointwise = convolutions.shapes_of("efficientnetv2-b0", 192, ["pointwise"])
+    assert [s["side"] for s in pointwise if s["channels"] == 1152] == [6]
+    assert all(s["kernel"] == s["stride"] == 1 for s in pointwise)
+    five = convolutions.shapes_of("efficientnet-b0", 224, ["depthwise"])
     assert {shape["kernel"] for shape in five} == {3, 5}
 
 
@@ -132,7 +141,7 @@ def test_an_estimate_grows_with_what_is_measured():
         (("grid",), "--json is missing"),
         (("gpu", "--out", "."), "is there and not empty"),
         (("memory", "--batch", "8"), "expected two, such as 16,32"),
-        (("depthwise", "--lowering", "cudnn"), "'cudnn'; expected auto, plain, cpu"),
+        (("convolutions", "--lowering", "cudnn"), "'cudnn'; expected auto, plain, cpu"),
         (("end-to-end", "--batch", "8,16"), "--batch: several; expected one"),
         (("end-to-end", "--set", "data.workers"), "expected KEY=VALUE"),
         (("end-to-end", "--set", "data.worker=2"), "unknown key --config.data.worker"),

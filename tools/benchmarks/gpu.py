@@ -62,7 +62,8 @@ def _step(mode: str, model: str, size: int, batch: int, *more: str) -> tuple[str
 
 def _tiny(part: str, *more: str, model: str = "testing", batch: str = "2") -> tuple[str, ...]:
     own_flags = ("--model", model, "--image-size", "32", "--batch", batch, "--rounds", "2")
-    return (part, *own_flags, "--steps", "1", "--cache", *more)
+    # One device: a tiny batch cannot be split among all cores of a larger machine.
+    return (part, *own_flags, "--devices", "1", "--steps", "1", "--cache", *more)
 
 
 def jobs() -> tuple[Job, ...]:
@@ -118,8 +119,18 @@ def jobs() -> tuple[Job, ...]:
             name="depthwise",
             title="depthwise: cuDNN against the shifted form, per pass",
             minutes=3,
-            arguments=("depthwise", *small, "--batch", "64", *bfloat16, "--rounds", "3"),
-            tiny=_tiny("depthwise"),
+            arguments=(
+                "convolutions",
+                "--kind",
+                "depthwise",
+                *small,
+                "--batch",
+                "64",
+                *bfloat16,
+                "--rounds",
+                "3",
+            ),
+            tiny=_tiny("convolutions"),
         ),
         Job(
             name="memory",
@@ -291,7 +302,7 @@ def _memory_line(record: Record) -> str:
     return f"{record['framework']}, {record['image_size']} px: largest batch {batches}"
 
 
-def _depthwise_line(record: Record) -> str:
+def _convolution_line(record: Record) -> str:
     form = record["asked"]["lowering"]
     return f"{record['part']}, {record['pass']}, {form}: {record['ms']:.3f} ms"
 
@@ -307,6 +318,6 @@ def _roofline_line(record: Record) -> str:
 _LINES: dict[str, Callable[[dict[str, Any]], str]] = {
     "step": _step_line,
     "memory": _memory_line,
-    "depthwise": _depthwise_line,
+    "convolutions": _convolution_line,
     "roofline": _roofline_line,
 }

@@ -1,4 +1,4 @@
-"""One depthwise convolution alone, on one device: `python depthwise_worker.py`, see serve.py.
+"""One convolution alone, on one device: `python convolution_worker.py`, see serve.py.
 
 Each `prepare` names its shape, the form it is computed in (models/lowering), and the pass: values,
 the gradient of the input or the gradient of the weights.
@@ -26,12 +26,14 @@ def _prepare(task: Mapping[str, Any]) -> Prepared:
     dtype = jnp.dtype(task["dtype"])
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (task["batch"], side, side, channels), dtype)
-    weights = jax.random.normal(keys[1], (kernel, kernel, 1, channels), jnp.float32)
+    is_depthwise = task["type"] == "depthwise"
+    convolve = lowering.depthwise_conv2d if is_depthwise else lowering.conv2d
+    fan_in = 1 if is_depthwise else channels
+    shape = (kernel, kernel, fan_in, task["filters"])
+    weights = jax.random.normal(keys[1], shape, jnp.float32)
 
     def values(x: Any, weights: Any) -> Any:
-        return lowering.depthwise_conv2d(
-            x, weights, stride=task["stride"], implementation=task["lowering"]
-        )
+        return convolve(x, weights, stride=task["stride"], implementation=task["lowering"])
 
     shape = jax.eval_shape(values, x, weights).shape
     gradient = jax.random.normal(keys[2], shape, dtype)

@@ -1,7 +1,7 @@
-"""Measures depthwise convolutions alone: `python tools/benchmark.py depthwise --help`.
+"""Measures convolutions alone: `python tools/benchmark.py convolutions --help`.
 
 Every shape of a network, each pass (values, gradients of the input and of the weights), in XLA's
-own form (cuDNN's on a GPU) and in the shifted one: what the table of models/lowering rests on.
+own form (cuDNN's on a GPU) and in those of models/lowering: what their table rests on.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from benchmarks import contest, counts, own
 from benchmarks.results import OWN, Record, Results, describe_machine
 from effv2_jax.command import Parser
 
+KINDS = ("depthwise", "dense", "pointwise")
 _PASSES = ("values", "of input", "of weights")
 
 
@@ -25,12 +26,14 @@ def run(arguments: Sequence[str]) -> None:
     Raises:
         UserError: arguments that are wrong.
     """
-    parser = Parser(__doc__, prog="tools/benchmark.py depthwise")
+    parser = Parser(__doc__, prog="tools/benchmark.py convolutions")
     shared.add_cases(parser)
-    shared.add_list(parser, "--lowering", "plain,cpu", text="forms: plain, cpu (shifted)")
+    shared.add_list(parser, "--kind", ",".join(KINDS), text="of convolutions")
+    shared.add_list(parser, "--lowering", "plain,cpu", text="forms: plain, cpu, gpu")
     shared.add_measuring(parser)
     parser.set_defaults(seconds=0.05)
     flags = parser.parse_args(arguments)
+    shared.check_choice("--kind", flags.kind, KINDS)
     shared.check_choice("--lowering", flags.lowering, shared.LOWERINGS)
     shared.check(flags)
     results = Results(flags.json, None, resume=flags.resume)
@@ -38,7 +41,7 @@ def run(arguments: Sequence[str]) -> None:
         flags.cores, flags.model, flags.image_size, flags.batch, flags.dtype
     ):
         case = {
-            "kind": "depthwise", "framework": OWN, "model": name, "image_size": size,
+            "kind": "convolutions", "framework": OWN, "model": name, "image_size": size,
             "batch": batch, "dtype": dtype, "cores": count,
         }  # fmt: skip
         if any(
@@ -55,24 +58,36 @@ def run(arguments: Sequence[str]) -> None:
         print(f"{name}, {size} px, batch {batch}, {dtype}\n{table(found)}\n", flush=True)
 
 
-def shapes_of(model: str, image_size: int) -> list[dict[str, int]]:
-    """The depthwise convolutions of a network, each shape once: side, channels, kernel, stride."""
+def shapes_of(model: str, image_size: int, kinds: Sequence[str] = KINDS) -> list[dict[str, Any]]:
+    """The convolutions of a network's blocks, each shape once.
+
+    Returns:
+        "type" (one of KINDS), "side" of the input, "channels", "filters", "kernel", "stride".
+    """
     from effv2_jax.models.block_spec import expand_blocks
     from effv2_jax.models.variants import get_variant
 
     variant = get_variant(model)
     side, found = -(-image_size // 2), []
     for spec in expand_blocks(variant.blocks, width=variant.width, depth=variant.depth):
-        shape = {
-            "side": side,
-            "channels": spec.inner_channels,
-            "kernel": spec.kernel,
-            "stride": spec.stride,
-        }
-        if not spec.fused and shape not in found:
-            found.append(shape)
-        side = -(-side // spec.stride)
-    return found
+        after = -(-side // spec.stride)
+        inner, k, stride = spec.inner_channels, spec.kernel, spec.stride
+        if not spec.expands and spec.fused:
+            layers = [("dense", side, spec.in_channels, spec.channels, k, stride)]
+        elif spec.fused:
+            layers = [("dense", side, spec.in_channels, inner, k, stride)]
+        else:
+            layers = [("pointwise", side, spec.in_channels, inner, 1, 1)] * spec.expands
+            layers += [("depthwise", side, inner, inner, k, stride)]
+        if spec.expands or not spec.fused:
+            layers += [("pointwise", after, inner, spec.channels, 1, 1)]
+        names = ("type", "side", "channels", "filters", "kernel", "stride")
+        for layer in layers:
+            shape = dict(zip(names, layer, strict=True))
+            if shape["type"] in kinds and shape not in found:
+                found.append(shape)
+        side = after
+    return sorted(found, key=lambda shape: KINDS.index(shape["type"]))
 
 
 def _measure(
@@ -80,7 +95,7 @@ def _measure(
 ) -> Iterator[Record]:
     """Yields a record per shape, pass and form; the forms are measured in turns."""
     contestant = contest.Contestant(
-        name=OWN, command=own.command("depthwise_worker.py", flags), task={}
+        name=OWN, command=own.command("convolution_worker.py", flags), task={}
     )
     environment = contest.environment_of(contestant, {})
     with ExitStack() as stack:
@@ -90,8 +105,12 @@ def _measure(
             )
             for form in flags.lowering
         }
-        for shape, kind in itertools.product(shapes_of(case["model"], case["image_size"]), _PASSES):
-            counted = _count(case, shape)
+        shapes = shapes_of(case["model"], case["image_size"], flags.kind)
+        for shape, kind in itertools.product(shapes, _PASSES):
+            operations, moved = _count(case, shape)
+            bound = max(
+                operations / machine["matmul_flops"][case["dtype"]], moved / machine["copy_bytes"]
+            )
             facts, steps, walls = {}, {}, {form: [] for form in workers}
             for form, worker in workers.items():
                 task = {**case, **shape, "pass": kind, "lowering": form, "cache": flags.cache}
@@ -104,34 +123,46 @@ def _measure(
                 yield {
                     **case,
                     "asked": {"lowering": form, "tuned": not flags.no_tune},
-                    "part": "{channels} channels, {side} px, {kernel}x{kernel}, "
-                    "stride {stride}".format(**shape),
+                    "part": "{type}, {channels} to {filters} channels, {side} px, "
+                    "{kernel}x{kernel}, stride {stride}".format(**shape),
                     **shape,
                     "pass": kind,
                     "ms": 1e3 * statistics.median(times),
                     "range_ms": [1e3 * min(times), 1e3 * max(times)],
-                    "bytes_per_second": counted / statistics.median(times),
-                    "share_of_copy": counted / statistics.median(times) / machine["copy_bytes"],
+                    "flops": operations / statistics.median(times),
+                    "bytes_per_second": moved / statistics.median(times),
+                    "share_of_bound": bound / statistics.median(times),
                     **facts[form],
                     "time": contest.utc(),
                 }
 
 
-def _count(case: dict[str, Any], shape: dict[str, int]) -> float:
-    """Least bytes of each of the passes: two of input, output and their gradients."""
+def _count(case: dict[str, Any], shape: dict[str, Any]) -> tuple[float, float]:
+    """Operations and least bytes of each pass: it reads or writes input, output and kernel once."""
     after = -(-shape["side"] // shape["stride"])
-    pixels = shape["side"] ** 2 + after**2
-    return case["batch"] * pixels * shape["channels"] * counts.ITEMSIZE[case["dtype"]]
+    read = shape["side"] ** 2 * shape["channels"]
+    written = after**2 * shape["filters"]
+    fan_in = 1 if shape["type"] == "depthwise" else shape["channels"]
+    taps = shape["kernel"] ** 2 * fan_in
+    size = counts.ITEMSIZE[case["dtype"]]
+    return (
+        2.0 * case["batch"] * written * taps,
+        float(size * (case["batch"] * (read + written) + taps * shape["filters"])),
+    )
 
 
 def table(found: Sequence[Record]) -> str:
-    """The forms of every shape beside each other, for a reader."""
+    """The forms of every shape beside each other, for a reader.
+
+    "limit": share of the machine's, by operations or by bytes; Winograd's form needs fewer
+    operations than are counted and can be above 100 %.
+    """
     forms = list(dict.fromkeys(record["asked"]["lowering"] for record in found))
     width = max(len(record["part"]) for record in found) + 2
     lines = [
-        f"{'':<{width}}{'pass':<12}" + "".join(f"{form + ' ms':>10}{'copy':>6}" for form in forms)
+        f"{'':<{width}}{'pass':<12}" + "".join(f"{form + ' ms':>10}{'limit':>7}" for form in forms)
     ]
     for (part, kind), group in itertools.groupby(found, lambda r: (r["part"], r["pass"])):
-        cells = [f"{record['ms']:>10.3f}{record['share_of_copy']:>6.0%}" for record in group]
+        cells = [f"{record['ms']:>10.3f}{record['share_of_bound']:>7.0%}" for record in group]
         lines.append(f"{part if kind == _PASSES[0] else '':<{width}}{kind:<12}{''.join(cells)}")
     return "\n".join(lines)
