@@ -168,7 +168,12 @@ HloModule jit_f
   ROOT %dot.2 = f32[2]{0} dot(%dot.1, %p.3), metadata={op_name="jit(f)/EfficientNet/classifier/dot"}
 }
 
+%body (t: (s32[], f32[2])) -> (s32[], f32[2]) {
+  %dot.5 = f32[2]{0} dot(%t, %t), metadata={op_name="NAME/blocks_1/expand_conv/while/body/dot"}
+}
+
 ENTRY %main (a: f32[2]) -> f32[2] {
+  %while.1 = (s32[], f32[2]) while(%a), condition=%c, body=%body, metadata={op_name="NAME/x/while"}
   %a = f32[2]{0} parameter(0), metadata={op_name="a"}
   %copy_fusion.1 = f32[2]{0} fusion(%a), kind=kLoop, calls=%transposed
   %ynn_fusion.1 = f32[2]{0} fusion(%copy_fusion.1, %a), kind=kCustom, calls=%turned
@@ -185,6 +190,13 @@ def test_what_has_no_name_belongs_to_what_reads_it():
     assert [owners[key] for key in ("copy_fusion.1", "ynn_fusion.1", "transpose.3")] == [stem] * 3
     assert owners["copy.7"][0] == "rest"
     assert "convolution.8" not in owners
+
+
+def test_the_kernels_of_a_loop_count_and_not_the_loop():
+    blocks = create_model("testing", 10).block_specs
+    owners = kernels.owners_of(PROGRAM, blocks)
+    assert owners["dot.5"] == ("dense", "convolution", "backward")
+    assert "while.1" not in owners
 
 
 def test_a_kernel_with_several_products_belongs_to_the_first():

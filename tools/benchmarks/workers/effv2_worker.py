@@ -52,7 +52,7 @@ def _prepare(task: Mapping[str, Any]) -> Prepared:
         facts=facts,
         device_bytes=_device_bytes,
         profile=lambda steps: kernels.profile(
-            program.run, run, steps=steps, blocks=_network(task).block_specs
+            program.run, run, steps=steps, devices=mesh.size, blocks=_network(task).block_specs
         ),
     )
 

@@ -7,7 +7,6 @@ few steps has the time of each.
 import collections
 import dataclasses
 import re
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,12 +22,18 @@ _OPERATION = re.compile(r'op_name="([^"]*)"')
 _OPERAND = re.compile(r"%([\w.\-]+)")
 _PRODUCT = re.compile(r" (?:convolution|dot)\(")
 _CALLED = re.compile(r"calls=%?([\w.\-]+)")
+_LOOP = re.compile(r" while\(.*body=%?([\w.\-]+)")
 _ACTIVATION = re.compile("silu|swish|relu|gelu|mish")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 
 
 def profile(
-    program: Any, run: Callable[[int], None], *, steps: int, blocks: Sequence[Any]
+    program: Any,
+    run: Callable[[int], None],
+    *,
+    steps: int,
+    devices: int,
+    blocks: Sequence[Any],
 ) -> dict[str, Any]:
     """Traces steps and adds up the times of their kernels.
 
@@ -36,6 +41,7 @@ def profile(
         program: compiled.
         run: makes so many steps and waits.
         steps: how many.
+        devices: how many of them run the program.
         blocks: the network's `BlockSpec`s.
 
     Returns:
@@ -53,14 +59,10 @@ def profile(
             wall = time.perf_counter() - start
         (path,) = Path(folder).rglob("*.xplane.pb")
         data = jax.profiler.ProfileData.from_file(str(path))
-        times = collections.defaultdict(list)
+        sums: dict[Owner, float] = collections.defaultdict(float)
         for name, seconds in _events(data, on_host=jax.default_backend() == "cpu"):
             if name in owners:
-                times[name].append(seconds)
-    sums: dict[Owner, float] = collections.defaultdict(float)
-    for name, found in times.items():
-        # A device runs an instruction of the main program once a step.
-        sums[owners[name]] += 1e3 * statistics.fmean(found)
+                sums[owners[name]] += 1e3 * seconds / (steps * devices)
     return {
         "wall_ms": 1e3 * wall / steps,
         "kernels": [[*owner, milliseconds] for owner, milliseconds in sorted(sums.items())],
@@ -84,15 +86,16 @@ def _events(data: Any, *, on_host: bool) -> Iterator[tuple[str, float]]:
 
 @dataclasses.dataclass
 class _Instruction:
-    """One of the main computation: its operation's name, what it calls, whose results it reads."""
+    """A kernel or loop: its operation's name, what it calls, whose results it reads."""
 
     name: str
     called: str
     operands: list[str]
+    is_loop: bool
 
 
 def owners_of(text: str, blocks: Sequence[Any]) -> dict[str, Owner]:
-    """Reads a compiled program: instruction of the main computation -> whose it is.
+    """Reads a compiled program: instruction of the main computation or its loops -> whose it is.
 
     A kernel with convolutions or products in it belongs to the first of them. What has no name, a
     copy that XLA made or a convolution that it turned around, belongs to what reads it.
@@ -106,26 +109,38 @@ def owners_of(text: str, blocks: Sequence[Any]) -> dict[str, Owner]:
         if _NETWORK.search(name):
             for operand in instruction.operands:
                 wanted[operand] = name
-    return {key: owner_of(names[key], blocks) for key in main}
+    # A loop's own time is that of the kernels in it.
+    return {key: owner_of(names[key], blocks) for key in main if not main[key].is_loop}
 
 
 def _read(text: str) -> tuple[dict[str, _Instruction], dict[str, str]]:
-    """Returns the main computation, and of the others the name of the first product in each."""
-    main: dict[str, _Instruction] = {}
+    """Returns the main computation with its loops, and of the others the name of the first product.
+
+    Loops come after what they stand in.
+    """
+    computations: dict[str, dict[str, _Instruction]] = {}
     products: dict[str, str] = {}
-    computation, is_main = "", False
+    computation = entry = ""
     for line in text.splitlines():
         if header := _COMPUTATION.match(line):
-            is_main, computation = bool(header[1]), header[2]
+            computation = header[2]
+            entry = computation if header[1] else entry
+            computations[computation] = {}
         elif found := _INSTRUCTION.match(line):
             operation = _OPERATION.search(line)
             name = operation[1] if operation else ""
-            if is_main:
-                called = _CALLED.search(line)
-                operands = _OPERAND.findall(line.partition(" = ")[2].partition("), ")[0])
-                main[found[1]] = _Instruction(name, called[1] if called else "", operands)
-            elif _PRODUCT.search(line) and name:
+            called, loop = _CALLED.search(line), _LOOP.search(line)
+            body = (loop or called or ("", ""))[1]
+            operands = _OPERAND.findall(line.partition(" = ")[2].partition("), ")[0])
+            instruction = _Instruction(name, body, operands, is_loop=loop is not None)
+            computations[computation][found[1]] = instruction
+            if _PRODUCT.search(line) and name:
                 products.setdefault(computation, name)
+    main, waiting = {}, [entry]
+    while waiting:
+        instructions = computations[waiting.pop(0)]
+        main |= instructions
+        waiting += [one.called for one in instructions.values() if one.is_loop]
     return main, products
 
 
