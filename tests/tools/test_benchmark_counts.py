@@ -151,6 +151,7 @@ def test_the_names_are_those_of_the_network_as_it_is_built():
         assert owners >= {(layer, part) for part in ("convolution", "norm", "activation")}
 
 
+BLOCKS = create_model("testing", 10).block_specs
 PROGRAM = """\
 HloModule jit_f
 
@@ -185,7 +186,7 @@ ENTRY %main (a: f32[2]) -> f32[2] {
 
 
 def test_what_has_no_name_belongs_to_what_reads_it():
-    owners = kernels.owners_of(PROGRAM, ())
+    owners = kernels.owners_of(PROGRAM, BLOCKS)
     stem = ("stem", "convolution", "backward")
     assert [owners[key] for key in ("copy_fusion.1", "ynn_fusion.1", "transpose.3")] == [stem] * 3
     assert owners["copy.7"][0] == "rest"
@@ -193,14 +194,13 @@ def test_what_has_no_name_belongs_to_what_reads_it():
 
 
 def test_the_kernels_of_a_loop_count_and_not_the_loop():
-    blocks = create_model("testing", 10).block_specs
-    owners = kernels.owners_of(PROGRAM, blocks)
+    owners = kernels.owners_of(PROGRAM, BLOCKS)
     assert owners["dot.5"] == ("dense", "convolution", "backward")
     assert "while.1" not in owners
 
 
 def test_a_kernel_with_several_products_belongs_to_the_first():
-    assert kernels.owners_of(PROGRAM, ())["ynn_fusion.2"] == ("head", "convolution", "forward")
+    assert kernels.owners_of(PROGRAM, BLOCKS)["ynn_fusion.2"] == ("head", "convolution", "forward")
 
 
 def test_kernel_times_are_those_of_a_step_that_is_not_profiled():
