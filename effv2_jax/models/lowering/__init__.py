@@ -37,7 +37,7 @@ class Lowering:
         norm: batch normalisation in training with what follows it up to the next convolution, as
             `gpu_norm.norm`, differentiable once; None: as `norm.BatchNorm` defines it,
             differentiated by JAX.
-        activation: makes of an activation function the one that is used.
+        activation: wraps the activation functions behind norms; the values stay the same.
         stored: applied to the input of a block with a shortcut, which several operations read.
     """
 
