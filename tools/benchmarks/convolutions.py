@@ -44,16 +44,19 @@ def run(arguments: Sequence[str]) -> None:
             "kind": "convolutions", "framework": OWN, "model": name, "image_size": size,
             "batch": batch, "dtype": dtype, "cores": count,
         }  # fmt: skip
-        if any(
-            all(record.get(key) == value for key, value in case.items())
+        there = {
+            record["type"]
             for record in results.records
-        ):
+            if all(record.get(key) == value for key, value in case.items())
+        }
+        kinds = [kind for kind in flags.kind if kind not in there]
+        if not kinds:
             continue
         cores = own.cores_of(count)
         machine = own.measure_machine(flags, cores)
         results.machines.append(machine)
         print(f"{describe_machine(machine)}\n", flush=True)
-        found = list(_measure(case, flags, cores, machine))
+        found = list(_measure(case, kinds, flags, cores, machine))
         results.add(found)
         print(f"{name}, {size} px, batch {batch}, {dtype}\n{table(found)}\n", flush=True)
 
@@ -91,7 +94,11 @@ def shapes_of(model: str, image_size: int, kinds: Sequence[str] = KINDS) -> list
 
 
 def _measure(
-    case: dict[str, Any], flags: argparse.Namespace, cores: Sequence[int], machine: dict[str, Any]
+    case: dict[str, Any],
+    kinds: Sequence[str],
+    flags: argparse.Namespace,
+    cores: Sequence[int],
+    machine: dict[str, Any],
 ) -> Iterator[Record]:
     """Yields a record per shape, pass and form; the forms are measured in turns."""
     contestant = contest.Contestant(
@@ -105,7 +112,7 @@ def _measure(
             )
             for form in flags.lowering
         }
-        shapes = shapes_of(case["model"], case["image_size"], flags.kind)
+        shapes = shapes_of(case["model"], case["image_size"], kinds)
         for shape, kind in itertools.product(shapes, _PASSES):
             operations, moved = _count(case, shape)
             bound = max(
