@@ -3,13 +3,13 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from effv2_jax.data.kinds import Kind
+from effv2_jax.models.network import EfficientNet, infer
 
 _AXIS = "data"
 
@@ -56,7 +56,7 @@ class BatchProgram:
 
 
 def forward(
-    model: nn.Module, variables: Mapping[str, Any], *, kind: Kind, batch_size: int
+    model: EfficientNet, variables: Mapping[str, Any], *, kind: Kind, batch_size: int
 ) -> BatchProgram:
     """Makes the program images -> outputs of a network in inference mode.
 
@@ -71,7 +71,7 @@ def forward(
     """
 
     def apply(variables: Mapping[str, Any], images: jax.Array) -> jax.Array:
-        return model.apply(variables, normalize(images, kind))
+        return infer(model, variables, normalize(images, kind))
 
     return BatchProgram(apply, variables, batch_size=batch_size)
 

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from effv2_jax.data.kinds import Kind
+from effv2_jax.models.network import EfficientNet, infer
 from effv2_jax.training.losses import example_losses
 from effv2_jax.training.mesh import AXIS
 from effv2_jax.training.metrics import TOP_K, Answers
@@ -20,7 +20,7 @@ _NEVER = -1e30
 
 
 def make_answer_step(
-    model: nn.Module,
+    model: EfficientNet,
     *,
     kind: Kind,
     loss: str,
@@ -48,7 +48,7 @@ def make_answer_step(
 
     def local_answers(variables: Mapping[str, Any], batch: Batch) -> dict[str, jax.Array]:
         images = (batch["image"].astype(jnp.float32) - mean) / std
-        logits = model.apply(variables, images, train=False)
+        logits = infer(model, variables, images)
         known = jnp.ones(logits.shape[0], bool)
         if subset is not None:
             logits = jnp.where(subset >= 0, logits[:, subset], _NEVER)

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, PartitionSpec
 from effv2_jax.data import augment
 from effv2_jax.data.mix import mix
 from effv2_jax.models.layers import example_keys
+from effv2_jax.models.network import EfficientNet, infer
 from effv2_jax.training import optimizers
 from effv2_jax.training.ema import ema_decay, update_ema
 from effv2_jax.training.losses import example_losses
@@ -313,7 +314,7 @@ def apply_gradients(
 
 
 def make_eval_step(
-    model: nn.Module, recipe: Recipe, *, mesh: Mesh
+    model: EfficientNet, recipe: Recipe, *, mesh: Mesh
 ) -> Callable[[Mapping[str, Any], Batch], Metrics]:
     """Builds the evaluation step.
 
@@ -331,7 +332,7 @@ def make_eval_step(
     """
 
     def local_eval(variables: Mapping[str, Any], batch: Batch) -> Metrics:
-        logits = model.apply(variables, normalize(batch["image"], recipe), train=False)
+        logits = infer(model, variables, normalize(batch["image"], recipe))
         labels = class_labels(batch["label"], recipe.num_classes)
         losses = example_losses(logits, labels, kind=recipe.loss, multilabel=recipe.multilabel)
         best = jax.lax.top_k(logits, min(TOP_K, logits.shape[-1]))[1]

@@ -245,6 +245,16 @@ def test_the_table_decides_by_backend(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("size", "count", "at_once"),
+    [(128, 32, 8), (192, 16, 4), (192, 7, 7), (192, 4, 4), (224, 6, 3), (300, 16, 2), (300, 3, 3)]
+    + [(480, 8, 2), (480, 1, 1), (480, 0, 0), (32, 64, 64)],
+)
+def test_cpus_take_a_few_images_at_a_time_in_inference(size, count, at_once):
+    assert lowering.choose("cpu").images_at_once((count, size, size, 3)) == at_once
+    assert lowering.choose("gpu").images_at_once((count, size, size, 3)) == count
+
+
+@pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda x: lowering.conv2d(x, jnp.ones((3, 3, 4, 8))), r"\(1, 6, 6, 5\).*\(3, 3, 4, 8\)"),

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -9,8 +10,9 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from effv2_jax.errors import UserError
+from effv2_jax.models import lowering
 from effv2_jax.models.block_spec import parse_blocks
-from effv2_jax.models.network import create_model, init_variables, linear_survival
+from effv2_jax.models.network import create_model, infer, init_variables, linear_survival
 from effv2_jax.models.variants import get_variant
 from tests import reference
 
@@ -136,6 +138,18 @@ def test_four_devices_compute_what_one_computes():
     one = _trained()(_variables(), _images(), jax.random.key(3), *rates)
     # The sums of the statistics run in another order; measured 7e-6.
     _assert_trees_close(four, one, rtol=3e-5)
+
+
+def test_inference_of_a_few_images_at_a_time_gives_the_same_logits(monkeypatch):
+    few = dataclasses.replace(lowering.choose("plain"), pixels_at_once=2 * 32 * 32)
+    monkeypatch.setitem(lowering.TABLE, "cpu", few)
+    model = _model().clone(lowering="cpu")
+
+    run = functools.partial(infer, model)
+    traced = jax.make_jaxpr(run)(_variables(), _images())
+    assert "f32[4,2,32,32,3]" in str(traced)  # eight images, two at a time
+    whole = _jit(_model().apply)(_variables(), _images())
+    np.testing.assert_allclose(_jit(run)(_variables(), _images()), whole, rtol=1e-5, atol=1e-6)
 
 
 def test_remat_changes_neither_values_nor_gradients():

@@ -39,6 +39,7 @@ class Lowering:
             differentiated by JAX.
         activation: wraps the activation functions behind norms; the values stay the same.
         stored: applied to the input of a block with a shortcut, which several operations read.
+        pixels_at_once: of the images that pass the network together in inference; None: of all.
     """
 
     dense: _Form
@@ -47,6 +48,22 @@ class Lowering:
     norm: Callable[..., tuple[jax.Array, jax.Array, jax.Array]] | None = None
     activation: Callable[[_Function], _Function] = lambda function: function
     stored: _Function = lambda x: x
+    pixels_at_once: int | None = None
+
+    def images_at_once(self, shape: tuple[int, ...]) -> int:
+        """Returns how many of the images [N, H, W, 3] pass the network together in inference.
+
+        As many as `pixels_at_once` allows and N is a multiple of, or two; N if those were no more
+        than half of what is allowed.
+        """
+        count, height, width, _ = shape
+        if self.pixels_at_once is None:
+            return count
+        most = max(2, self.pixels_at_once // (height * width))
+        if count <= most:
+            return count
+        few = max(n for n in range(1, most + 1) if count % n == 0)
+        return few if 2 * few > most else count
 
 
 _PLAIN = Lowering(dense=plain.dense, pointwise=plain.dense, depthwise=plain.depthwise)
@@ -57,6 +74,9 @@ _CPU = Lowering(
     # The sigmoid of silu is computed again in the backward pass: to keep it costs as much time, a
     # pass that writes nothing else, and the memory of another activation.
     activation=jax.checkpoint,
+    # The maps of a few images stay in the caches from one layer to the next, those of a batch do
+    # not: 4 images of 224 px measure best, or as many pixels (docs/performance.md).
+    pixels_at_once=4 * 224 * 224,
 )
 _GPU = replace(_PLAIN, dense=gpu_dense.dense, norm=gpu_norm.norm, stored=gpu_norm.stored)
 

@@ -95,7 +95,7 @@ def _inference(task: Mapping[str, Any], mesh: Any) -> tuple[Run, Any, int]:
     """Pictures to logits: the normalisation and the forward pass."""
     import jax
 
-    from effv2_jax.models.network import init_variables
+    from effv2_jax.models.network import infer, init_variables
     from effv2_jax.training import compile as programs
     from effv2_jax.training import mesh as meshes
     from effv2_jax.training.step import normalize
@@ -104,7 +104,7 @@ def _inference(task: Mapping[str, Any], mesh: Any) -> tuple[Run, Any, int]:
     split, whole = jax.sharding.PartitionSpec(meshes.AXIS), jax.sharding.PartitionSpec()
     forward = jax.jit(
         jax.shard_map(
-            lambda variables, images: model.apply(variables, normalize(images, recipe)),
+            lambda variables, images: infer(model, variables, normalize(images, recipe)),
             mesh=mesh,
             in_specs=(whole, split),
             out_specs=split,
