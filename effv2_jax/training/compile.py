@@ -108,7 +108,7 @@ class Programs:
     def _compile(self, name: str, lower: Callable[[], jax.stages.Lowered]) -> Program:
         start = time.perf_counter()
         compiled = lower().compile()
-        program = Program(name, compiled, time.perf_counter() - start, _device_memory(compiled))
+        program = Program(name, compiled, time.perf_counter() - start, device_memory(compiled))
         with self._lock:
             self._compilations += 1
         if self._on_compiled is not None:
@@ -199,7 +199,8 @@ def _shapes(tree: Any) -> Any:
     )
 
 
-def _device_memory(compiled: jax.stages.Compiled) -> int | None:
+def device_memory(compiled: jax.stages.Compiled) -> int | None:
+    """Bytes that a program needs on each device, as the compiler planned; None: it does not say."""
     stats = compiled.memory_analysis()
     if stats is None:
         return None

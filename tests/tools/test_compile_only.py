@@ -90,7 +90,7 @@ def _compile_only(*arguments):
         (("h300",), "'h300'"),
         (("h200", "--model", "efficientnetv2-x"), "efficientnetv2-x"),
         (("h200", "--image-size", "128,big"), "'big'"),
-        (("h200", "--lowering", "fast"), "'fast', expected auto, plain"),
+        (("h200", "--lowering", "fast"), "'fast'; expected auto, plain"),
         (("h200", "--xla", "xla_allow_excess_precision"), "expected NAME=VALUE"),
         (("h200", "--json", "no/such/folder/x.json"), "there is no folder"),
         (("h200", "--text", "no/such/folder"), "there is no such folder"),
@@ -126,11 +126,15 @@ def test_a_training_step_is_compiled_for_gpus_that_are_not_there(tmp_path):
     pytest.importorskip("jax_cuda12_plugin", reason="compiles for NVIDIA GPUs (extra cuda12)")
     file = tmp_path / "counts.json"
     done = _compile_only(
-        *("h200", "--model", "testing", "--image-size", "32", "--batch", "4", "--devices", "2"),
+        *("h200", "--model", "testing", "--image-size", "32", "--batch", "4,8", "--devices", "2"),
         *("--json", str(file), "--top", "1"),
     )
     assert done.returncode == 0, done.stderr
-    (result,) = json.loads(file.read_text())["results"]
+    result, larger = json.loads(file.read_text())["results"]
+    assert 0 < result["device_bytes"] < larger["device_bytes"]
+    *_, header, line = done.stdout.splitlines()
+    assert header.split()[-2:] == ["141", "GB"]
+    assert line.startswith("effv2_jax gpu: testing, 32 px, bfloat16, train")
     assert result["bytes_per_image"] > 0
     assert result["flop_per_image"] > 0
     assert result["temporaries_per_image"] > 0

@@ -12,6 +12,9 @@ from effv2_jax.errors import UserError
 
 DTYPES = ("float32", "bfloat16")
 LOWERINGS = CHOICES["model.lowering"]
+# A form with this behind it computes each block again in the backward pass (`model.remat`).
+REMAT = "+remat"
+FORMS = (*LOWERINGS, *(name + REMAT for name in LOWERINGS))
 
 
 def several(kind: type) -> Callable[[str], list[Any]]:

@@ -2,6 +2,7 @@
 
     python tools/benchmark.py compile-only h200 --model efficientnetv2-s --image-size 128,300
     python tools/benchmark.py compile-only h200 --config configs/v2s_imagenet.py      # every stage
+    python tools/benchmark.py compile-only h200 --batch 32,64 --lowering auto,auto+remat
     python tools/benchmark.py compile-only v5e --image-size 128
 
 The programs are those of a run (`training/step.py`) on a mesh of the target's devices, as XLA
@@ -21,7 +22,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks import memory
+from benchmarks.arguments import FORMS, REMAT, check_choice
 from benchmarks.compiled_program import count
+from benchmarks.results import OWN
 from benchmarks.targets import TARGETS, Target, check_plugin, topology_mesh
 from effv2_jax.command import Parser, check_output, positive, say, written
 from effv2_jax.errors import UserError
@@ -73,6 +77,10 @@ def run(arguments: Sequence[str]) -> None:
             with written(flags.json) as temporary:
                 content = {"environment": environment, "results": results}
                 temporary.write_text(json.dumps(content, indent=1) + "\n")
+    if len(set(flags.batch)) == 2:
+        print(f"\n{memory.header()}")
+        for few, many in zip(results[::2], results[1::2], strict=True):
+            print(memory.line(_fit(few, many)))
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -94,14 +102,20 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("target", choices=tuple(TARGETS), help="what to compile for")
     add("--model", default="efficientnetv2-s", help="name (%(default)s)")
     add("--image-size", type=several(positive), default=[300], help="px, separated by commas (300)")
-    add("--batch", type=positive, default=64, help="images on each device (%(default)s)")
+    add(
+        "--batch",
+        type=several(positive),
+        default=[64],
+        help="images on each device (64); of two sizes follows how large a batch fits",
+    )
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="compute type")
     add("--mode", choices=("train", "infer"), default="train", help="which step")
     add(
         "--lowering",
         type=several(str),
         default=["auto"],
-        help="forms of the operations, separated by commas: auto, plain, gpu (auto)",
+        help="forms of the operations, separated by commas: auto, plain, gpu (auto), each with "
+        f"{REMAT} behind it to recompute blocks",
     )
     add("--config", default=None, help="a recipe: its model, its training step, its stages' sizes")
     add("--devices", type=positive, default=None, help="of the mesh (h200: 1, v5e: 4)")
@@ -118,15 +132,11 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _cases(flags: argparse.Namespace) -> "tuple[list[Case], Recipe]":
     """Returns the programs to compile and how they train."""
-    from effv2_jax.models.lowering import IMPLEMENTATIONS
     from effv2_jax.models.variants import get_variant
     from effv2_jax.training.recipe import Recipe
     from effv2_jax.training.schedules import make_schedule
 
-    for form in flags.lowering:
-        if form not in IMPLEMENTATIONS:
-            known = ", ".join(IMPLEMENTATIONS)
-            raise UserError(f"--lowering: found {form!r}, expected {known}")
+    check_choice("--lowering", flags.lowering, FORMS)
     get_variant(flags.model)
     model, sizes = flags.model, flags.image_size
     recipe = Recipe(
@@ -137,10 +147,10 @@ def _cases(flags: argparse.Namespace) -> "tuple[list[Case], Recipe]":
     )
     if flags.config is not None:
         model, sizes, recipe = _configured(flags.config)
-    forms = [TARGETS[flags.target].lowering if f == "auto" else f for f in flags.lowering]
+    forms = [form.replace("auto", TARGETS[flags.target].lowering) for form in flags.lowering]
     cases = [
-        Case(model=model, image_size=size, batch=flags.batch, dtype=flags.dtype, lowering=form)
-        for size, form in itertools.product(sizes, forms)
+        Case(model=model, image_size=size, batch=batch, dtype=flags.dtype, lowering=form)
+        for size, form, batch in itertools.product(sizes, forms, sorted(set(flags.batch)))
     ]
     return cases, recipe
 
@@ -174,18 +184,20 @@ def _measure(
     """Compiles a case and returns its counts, per image of one device."""
     import jax
 
-    say(f"compiling {case.model}, {case.image_size} px, {case.lowering} ...")
+    from effv2_jax.training.compile import device_memory
+
+    say(f"compiling {case.model}, {case.image_size} px, batch {case.batch}, {case.lowering} ...")
     start = time.perf_counter()
     lowered, largest = _lower(case, recipe, mesh=mesh, mode=flags.mode)
     compiled = lowered.compile(compiler_options=dict(flags.xla))
     seconds = time.perf_counter() - start
     text = compiled.as_text()
     if flags.text is not None:
-        name = f"{case.model}_{case.image_size}px_{case.lowering}_{flags.mode}.txt"
+        name = f"{case.model}_{case.image_size}px_{case.batch}_{case.lowering}_{flags.mode}.txt"
         Path(flags.text, name).write_text(text)
     counts = count(text, large=largest)
     cost = compiled.cost_analysis() or {}
-    memory = compiled.memory_analysis()
+    planned = compiled.memory_analysis()
 
     # Of one image on one device of this machine, with XLA's own convolutions: what is asked for.
     auto = (jax.sharding.AxisType.Auto,)
@@ -203,8 +215,9 @@ def _measure(
         "bytes_per_image": counts.bytes / case.batch,
         "bytes_per_image_xla": cost["bytes accessed"] / case.batch if cost else None,
         "flop_per_image": asked.cost_analysis()["flops"] / case.batch,
-        "temporaries_per_image": memory.temp_size_in_bytes / case.batch,
-        "argument_bytes": memory.argument_size_in_bytes,
+        "temporaries_per_image": planned.temp_size_in_bytes / case.batch,
+        "argument_bytes": planned.argument_size_in_bytes,
+        "device_bytes": device_memory(compiled),
         "images_per_second_bound": target.bytes_per_second * case.batch / counts.bytes,
         "kernels": counts.kernels,
         "collectives": counts.collectives,
@@ -215,6 +228,16 @@ def _measure(
         "parts_per_image": {name: size / case.batch for name, size in counts.parts.items()},
         "heaviest": heaviest,
         "compile_seconds": seconds,
+    }
+
+
+def _fit(few: dict[str, Any], many: dict[str, Any]) -> dict[str, Any]:
+    """How large a batch fits, as the part `memory` says it."""
+    return {
+        **few,
+        "framework": OWN,
+        "asked": {"lowering": few["lowering"]},
+        **memory.fit([(case["batch"], case["device_bytes"]) for case in (few, many)]),
     }
 
 
@@ -242,7 +265,8 @@ def _lower(
     make = functools.partial(create_model, case.model, _NUM_CLASSES, dtype=jnp.dtype(case.dtype))
     if not recipe.ema_decay:  # the plain recipe: the network alone
         make = functools.partial(make, dropout_rate=0.0, survival_prob=1.0)
-    model = make(lowering=case.lowering, axis_name=meshes.AXIS)
+    lowering, _, remat = case.lowering.partition("+")
+    model = make(lowering=lowering, axis_name=meshes.AXIS, remat=bool(remat) or None)
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     variables = jax.eval_shape(make(lowering="plain").init, jax.random.key(0), images)
     total = case.batch * mesh.size
@@ -319,6 +343,7 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
         "bytes / image": f"{mega * result['bytes_per_image']:,.1f} MB",
         "FLOP / image": f"{1e-9 * result['flop_per_image']:,.1f} G",
         "temporaries / image": f"{mega * result['temporaries_per_image']:,.1f} MB",
+        "memory": f"{1e-9 * result['device_bytes']:,.2f} GB",
         "memory allows": f"{result['images_per_second_bound']:,.0f} images/s on a device",
         "kernels": _kernels_told(result["kernels"]),
         "collectives": f"{result['collectives']} ({mega * result['collective_bytes']:,.1f} MB)",

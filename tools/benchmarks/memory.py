@@ -8,6 +8,7 @@ peer's are what it had allocated on the accelerator.
 import argparse
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 from benchmarks import arguments as shared
 from benchmarks import contest, own, peers
@@ -27,11 +28,15 @@ def run(arguments: Sequence[str]) -> None:
     """
     parser = Parser(__doc__, prog="tools/benchmark.py memory")
     shared.add_cases(parser, batches="16,32")
+    shared.add_list(
+        parser, "--lowering", "auto", text="auto, auto+remat and others of the part step"
+    )
     shared.add_list(parser, "--mode", "train", text="train, infer")
     shared.add_list(parser, "--peer", "", text="timm, torchvision; on an accelerator only")
     parser.add_argument("--peer-python", default="", metavar="PATH", help="as of the part step")
     shared.add_measuring(parser)
     flags = parser.parse_args(arguments)
+    shared.check_choice("--lowering", flags.lowering, shared.FORMS)
     shared.check_choice("--mode", flags.mode, ("train", "infer"))
     shared.check_choice("--peer", flags.peer, ("timm", "torchvision"))
     shared.check(flags)
@@ -40,11 +45,7 @@ def run(arguments: Sequence[str]) -> None:
     pythons = peers.interpreters(flags.peer_python, flags.peer)
     peers.check(flags.peer, flags.model, pythons)
     results = Results(flags.json, None, resume=flags.resume)
-    print(
-        f"{'':<56}{'fixed MiB':>10}{'MiB/image':>11}"
-        + "".join(f"{f'{size} GB':>8}" for size in _GIGABYTES),
-        flush=True,
-    )
+    print(header(), flush=True)
     for count, dtype, name, size, mode in itertools.product(
         flags.cores, flags.dtype, flags.model, flags.image_size, flags.mode
     ):
@@ -62,7 +63,7 @@ def _contestants(
 ) -> list[contest.Contestant]:
     task = {**own.task_of(case), "compile": "off"}
     return [
-        own.contestant(case, flags),
+        *(own.contestant(case, flags, lowering=form) for form in flags.lowering),
         *(
             peers.contestant(name, python=pythons[name], task=task, threads=case.cores)
             for name in flags.peer
@@ -87,20 +88,27 @@ def _measure(case: Case, contestant: contest.Contestant, batches: Sequence[int])
         if count is None:
             raise UserError(f"{contestant.name}: its memory is not told on this device")
         needed.append((batch / facts.get("devices", 1), count))
-    (few, low), (many, high) = needed
-    per_image = (high - low) / (many - few)
-    fixed = low - few * per_image
     return {
         "kind": "memory",
         **{key: getattr(case, key) for key in case.__dataclass_fields__},
         "framework": contestant.name,
         "asked": dict(contestant.asked),
+        **fit(needed),
+        "device": facts["device"],
+        "time": contest.utc(),
+    }
+
+
+def fit(needed: Sequence[tuple[float, int]]) -> dict[str, Any]:
+    """What two (batch of a device, bytes) say: bytes of every batch, and the largest batches."""
+    (few, low), (many, high) = needed
+    per_image = (high - low) / (many - few)
+    fixed = low - few * per_image
+    return {
         "bytes": {str(batch): count for batch, count in needed},
         "fixed_bytes": fixed,
         "bytes_per_image": per_image,
         "largest_batch": {str(size): largest(fixed, per_image, size) for size in _GIGABYTES},
-        "device": facts["device"],
-        "time": contest.utc(),
     }
 
 
@@ -110,11 +118,18 @@ def largest(fixed: float, per_image: float, gigabytes: float) -> int:
     return max(0, batch - batch % 8 if batch >= 8 else batch)
 
 
+def header() -> str:
+    """The line above `line`s."""
+    sizes = "".join(f"{f'{size} GB':>8}" for size in _GIGABYTES)
+    return f"{'':<56}{'fixed MiB':>10}{'MiB/image':>11}{sizes}"
+
+
 def line(record: Record) -> str:
     """A record for a reader: batches are those of one device."""
+    form = record["asked"].get("lowering", "auto")
     name = (
-        f"{record['framework']}: {record['model']}, {record['image_size']} px, {record['dtype']}, "
-        f"{record['mode']}"
+        f"{record['framework']}{'' if form == 'auto' else ' ' + form}: {record['model']}, "
+        f"{record['image_size']} px, {record['dtype']}, {record['mode']}"
     )
     cells = "".join(f"{batch:>8,}" for batch in record["largest_batch"].values())
     return (

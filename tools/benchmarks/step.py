@@ -21,6 +21,7 @@ from effv2_jax.errors import UserError
 
 _MODES = ("train", "infer")
 _RECIPES = ("plain", "official")
+_FORMS = f"auto, plain, cpu, gpu, each with {shared.REMAT} behind it to recompute blocks"
 
 _EPILOG = """\
 examples:
@@ -104,7 +105,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def add_flags(parser: Parser, *, peers_default: str = "") -> None:
     """Adds all flags but those of what is measured."""
     add_list, add = shared.add_list, parser.add_argument
-    add_list(parser, "--lowering", "auto", text="compared in turns: auto, plain, cpu, gpu")
+    add_list(parser, "--lowering", "auto", text=f"compared in turns: {_FORMS}")
     add_list(parser, "--mode", "train,infer", text="which steps")
     add_list(parser, "--peer", peers_default, text=f"compared in turns: {', '.join(peers.PEERS)}")
     add("--peer-python", default="", metavar="PATH", help="interpreter, or PEER=PATH,PEER=PATH")
@@ -122,7 +123,7 @@ def read_flags(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
     """Reads the flags and refuses values that nothing could be measured with."""
     flags = parser.parse_args(arguments)
     for flag, values, allowed in (
-        ("--lowering", flags.lowering, shared.LOWERINGS),
+        ("--lowering", flags.lowering, shared.FORMS),
         ("--mode", flags.mode, _MODES),
         ("--peer", flags.peer, tuple(peers.PEERS)),
     ):

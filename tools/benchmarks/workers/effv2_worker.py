@@ -70,9 +70,15 @@ def _network(task: Mapping[str, Any], **overrides: Any) -> Any:
         task["model"],
         task["num_classes"],
         dtype=jnp.dtype(task["dtype"]),
-        lowering=task["lowering"],
+        **_forms(task),
         **overrides,
     )
+
+
+def _forms(task: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes of the network for a form such as "auto" or "auto+remat"."""
+    lowering, _, remat = task["lowering"].partition("+")
+    return {"lowering": lowering} | ({"remat": True} if remat else {})
 
 
 def _images(task: Mapping[str, Any]) -> Any:
@@ -160,7 +166,7 @@ def _of_config(task: Mapping[str, Any], mesh: Any) -> tuple[Any, Any, Any, Any]:
     configured = importlib.import_module("configured")
     config = configured.load(task["config"], devices=mesh.size, overrides=task["overrides"])
     parts = setup.prepare(config)
-    model = parts.mesh_model.clone(lowering=task["lowering"])
+    model = parts.mesh_model.clone(**_forms(task))
     return model, parts.recipe, parts.stages[task["stage"]], setup.initial_state(parts)
 
 
