@@ -10,6 +10,7 @@ Nothing that the user has set is changed. `--no-tune` or EFFV2_NO_TUNE=1 leaves 
 """
 
 import contextlib
+import ctypes
 import importlib.util
 import mmap
 import os
@@ -25,6 +26,7 @@ _REFUSE = "EFFV2_NO_TUNE"
 
 # Freed memory is kept, in huge pages, instead of being given back after every step.
 _MALLOC_CONF = "dirty_decay_ms:-1,muzzy_decay_ms:-1,thp:always,oversize_threshold:0"
+_PURGE_ALL_ARENAS = b"arena.4096.purge"  # jemalloc's MALLCTL_ARENAS_ALL
 _GLIBC_TUNABLES = (
     "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=274877906944:glibc.malloc.hugetlb=1"
 )
@@ -129,6 +131,20 @@ def enable_compilation_cache(setting: str) -> Path | None:
         if option.upper() not in os.environ:
             jax.config.update(option, value)
     return folder
+
+
+def release_freed_memory() -> None:
+    """Gives freed memory back to the system once, where `tune` made the allocator keep it.
+
+    For after a compilation, which needs more memory than most steps do and never the same again.
+    """
+    environment = os.environ
+    if environment.get("MALLOC_CONF") == _MALLOC_CONF:
+        control = getattr(ctypes.CDLL(None), "mallctl", None)
+        if control is not None:
+            control(_PURGE_ALL_ARENAS, None, None, None, 0)
+    elif environment.get("GLIBC_TUNABLES") == _GLIBC_TUNABLES:
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def usable_cores() -> int:

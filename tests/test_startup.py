@@ -100,6 +100,28 @@ def test_tuning_can_be_refused(project, arguments, changes):
 
 
 @linux
+def test_memory_that_the_allocator_keeps_is_given_back_when_told():
+    code = (
+        "from pathlib import Path\n"
+        "from effv2_jax import startup\n"
+        "resident = lambda: int(Path('/proc/self/statm').read_text().split()[1]) * 4096 / 2**20\n"
+        "blocks = [bytearray(1 << 16) for _ in range(4000)]\n"
+        "del blocks\n"
+        "kept = resident()\n"
+        "startup.release_freed_memory()\n"
+        "print(kept, resident())\n"
+    )
+    settings, _ = startup._allocator({})
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **settings}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60
+    )
+    kept, left = map(float, done.stdout.split())
+    assert kept > 250  # MiB: both allocators keep what is freed
+    assert left < kept - 150
+
+
+@linux
 def test_the_users_own_settings_stay(project):
     own = {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=3 --xla_cpu_prefer_vector_width=128",

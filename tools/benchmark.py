@@ -7,6 +7,7 @@
     python tools/benchmark.py block --model efficientnetv2-s   # stem, blocks and head alone
     python tools/benchmark.py roofline                         # how near to the machine's limit
     python tools/benchmark.py input                            # reading, decoding, resizing
+    python tools/benchmark.py loader --peer tf-data,timm       # the whole pipeline, in turns
     python tools/benchmark.py end-to-end                       # a real run beside its step
     python tools/benchmark.py convolutions                     # every shape, every pass
     python tools/benchmark.py memory --image-size 128,300      # the largest batches
@@ -41,6 +42,7 @@ PARTS = {
     "draw": "benchmarks.draw",
     "tables": "benchmarks.markdown",
     "input": "benchmarks.input",
+    "loader": "benchmarks.loader",
     "augment": "benchmarks.augment",
     "compile-only": "benchmarks.compile_only",
 }

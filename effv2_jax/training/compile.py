@@ -14,6 +14,8 @@ from typing import Any
 
 import jax
 
+from effv2_jax import startup
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:
@@ -109,6 +111,7 @@ class Programs:
         start = time.perf_counter()
         compiled = lower().compile()
         program = Program(name, compiled, time.perf_counter() - start, device_memory(compiled))
+        startup.release_freed_memory()
         with self._lock:
             self._compilations += 1
         if self._on_compiled is not None:

@@ -1,0 +1,45 @@
+"""What the workers of input pipelines share. Only the standard library is imported here."""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+_TRIAL_IMAGES = 1024
+
+Run = Callable[[int], float]
+
+
+def timed(start: Callable[[], Iterator[Any]], *, warm: int) -> Run:
+    """Returns a run that starts a pipeline, times batches once it flows, and ends it.
+
+    Whoever takes the batches is faster than the pipeline, so nothing lies ready when the clock
+    starts.
+
+    Args:
+        start: starts the pipeline: an endless iterator, ended by its `close` or when it is dropped.
+        warm: batches before the clock starts.
+    """
+
+    def run(steps: int) -> float:
+        batches = start()
+        for _ in itertools.islice(batches, warm):
+            pass
+        began = time.perf_counter()
+        for _ in itertools.islice(batches, steps):
+            pass
+        seconds = time.perf_counter() - began
+        if hasattr(batches, "close"):
+            batches.close()
+        return seconds
+
+    return run
+
+
+def fastest(ways: Mapping[str, Run], batch: int) -> tuple[Run, dict[str, Any]]:
+    """Returns the fastest of several pipelines, and what each made of it, for the record."""
+    steps = max(4, _TRIAL_IMAGES // batch)
+    rates = {name: steps * batch / run(steps) for name, run in ways.items()}
+    best = max(rates, key=rates.get)
+    tried = {name: f"{rate:,.0f} images/s" for name, rate in rates.items()}
+    return ways[best], {"candidate": best, "tried_pipelines": tried}

@@ -1,0 +1,49 @@
+"""timm's loader: `python timm_loader_worker.py`, see serve.py and benchmarks/loader.py.
+
+Up to the collated uint8 batch, which timm normalises on the device like this project.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import timm
+import torch
+from pipeline import Run, fastest, timed
+from serve import Prepared, serve
+from timm.data import ImageDataset, create_loader
+
+
+def _prepare(task: Mapping[str, Any]) -> Prepared:
+    torch.set_num_threads(1)
+    size, batch, cores = task["image_size"], task["batch"], task["cores"]
+    pictures = ImageDataset(f"{task['folder']}/train")
+
+    def make(workers: int) -> Run:
+        loader = create_loader(
+            pictures,
+            input_size=(3, size, size),
+            batch_size=batch,
+            is_training=True,
+            hflip=0.0,
+            color_jitter=None,
+            interpolation="bilinear",
+            num_workers=workers,
+            persistent_workers=False,  # they would go on while others are measured
+            pin_memory=False,
+            device=torch.device("cpu"),
+        )
+
+        def start() -> Iterator[Any]:
+            return iter(loader.loader)  # below it: float32 and normalisation, the device's work
+
+        return timed(start, warm=2 * workers + 1)
+
+    ways = {f"{number} processes": make(number) for number in (cores, 2 * cores)}
+    ways["the main process"] = make(0)
+    run, facts = fastest(ways, batch)
+    facts["settings"] = f"timm {timm.__version__}, torch {torch.__version__}, {facts['candidate']}"
+    return Prepared(run=run, facts=facts)
+
+
+if __name__ == "__main__":
+    serve(_prepare)
