@@ -6,14 +6,16 @@ Up to the collated uint8 batch, which timm normalises on the device like this pr
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import timm
 import torch
 from pipeline import Run, fastest, timed
 from serve import Prepared, serve
-from timm.data import ImageDataset, create_loader
 
 
 def _prepare(task: Mapping[str, Any]) -> Prepared:
+    # Not before `serve` has taken the standard output: timm's imports may print there.
+    import timm
+    from timm.data import ImageDataset, create_loader
+
     torch.set_num_threads(1)
     size, batch, cores = task["image_size"], task["batch"], task["cores"]
     pictures = ImageDataset(f"{task['folder']}/train")
