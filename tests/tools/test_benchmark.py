@@ -159,6 +159,10 @@ def test_the_kernels_of_a_step_are_found_and_are_the_networks(tmp_path):
         (("step", "--peer", "timm", "--recipe", "official"), "peers train with plain SGD"),
         (("block", "--lowering", "fast"), "'fast'; expected auto, plain, cpu"),
         (("roofline", "--mode", "both"), "'both'; expected train, infer"),
+        (("loader", "--peer", "torch"), "'torch'; expected tf-data, timm"),
+        (("loader", "--decoder", "turbo"), "'turbo'; expected pillow, simplejpeg"),
+        (("loader", "--dir", "tests/models"), "there is no folder train in it"),
+        (("loader", "--peer", "timm", "--peer-python", "no/such"), "no/such is no Python"),
         (("step", "--recipe", "configs/v3.py"), "no config file 'configs/v3.py'"),
     ],
 )
@@ -183,3 +187,28 @@ def test_every_part_of_the_input_pipeline_is_measured():
     assert done.returncode == 0, done.stderr
     for part in ("read", "decode, pillow", "crop and resize to 32", "transfer of 32 px", "loader"):
         assert part in done.stdout
+
+
+def test_whole_input_pipelines_are_measured(tmp_path):
+    from PIL import Image
+
+    for name in ("bee/1.jpg", "bee/2.jpg", "ant/3.jpg"):
+        file = tmp_path / "train" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30), (200, 100, 50)).save(file)
+    result = tmp_path / "loader.json"
+    arguments = (
+        *("loader", "--dir", str(tmp_path), "--decoder", "pillow", "--image-size", "16"),
+        *("--batch", "64", "--cores", "1", "--rounds", "2", "--steps", "2", "--json", str(result)),
+    )
+    done = _benchmark(*arguments)
+    assert done.returncode == 0, done.stderr
+    (record,) = json.loads(result.read_text())["results"]
+    assert record["candidate"] in ("1 threads", "1 processes")
+    assert set(record["tried_pipelines"]) == {"1 threads", "1 processes"}
+    low, high = record["range"]
+    assert 0 < low <= record["images_per_second"] <= high
+    assert "effv2_jax pillow" in done.stdout
+
+    again = _benchmark(*arguments, "--resume")
+    assert (again.returncode, again.stdout) == (0, "")

@@ -92,7 +92,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         if lacking := contest.missing(sys.executable, _DECODERS[name]):
             raise UserError(
                 f"--decoder {name}: {', '.join(lacking)} not installed; pip install "
-                '"effv2_jax[fast]", or leave it out'
+                '"effv2_jax[fast-decode]", or leave it out'
             )
     return flags
 
