@@ -26,9 +26,10 @@ def timed(start: Callable[[], Iterator[Any]], *, warm: int) -> Run:
         for _ in itertools.islice(batches, warm):
             pass
         began = time.perf_counter()
-        for _ in itertools.islice(batches, steps):
-            pass
+        taken = sum(1 for _ in itertools.islice(batches, steps))
         seconds = time.perf_counter() - began
+        if taken < steps:
+            raise RuntimeError(f"the pipeline ended after {warm + taken} batches")
         if hasattr(batches, "close"):
             batches.close()
         return seconds

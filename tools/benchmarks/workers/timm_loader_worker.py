@@ -16,9 +16,18 @@ def _prepare(task: Mapping[str, Any]) -> Prepared:
     import timm
     from timm.data import ImageDataset, create_loader
 
+    class Endless(ImageDataset):
+        """The pictures of the folder over and over: workers must not start anew in between."""
+
+        def __len__(self) -> int:
+            return 1_000_000
+
+        def __getitem__(self, index: int) -> Any:
+            return super().__getitem__(index % super().__len__())
+
     torch.set_num_threads(1)
     size, batch, cores = task["image_size"], task["batch"], task["cores"]
-    pictures = ImageDataset(f"{task['folder']}/train")
+    pictures = Endless(f"{task['folder']}/train")
 
     def make(workers: int) -> Run:
         loader = create_loader(
