@@ -131,7 +131,10 @@ def _measure(
         for decoder in flags.decoder
     ] + [
         contest.Contestant(
-            name=name, command=contest.start(_PEERS[name][0], pythons[name]), task=task
+            name=name,
+            command=contest.start(_PEERS[name][0], pythons[name]),
+            task=task,
+            inherits=contest.ALLOCATOR,
         )
         for name in flags.peer
     ]

@@ -1,14 +1,21 @@
-"""This project's loader: `python loader_worker.py`, see serve.py and benchmarks/loader.py."""
+"""This project's loader: `python loader_worker.py`, see serve.py and benchmarks/loader.py.
+
+With the allocator of the commands, which peers get too.
+"""
 
 import dataclasses
+import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from pipeline import Run, fastest, timed
 from serve import Prepared, serve
 
+from effv2_jax import startup
 from effv2_jax.errors import UserError
 
+_ALLOCATOR = ("LD_PRELOAD", "MALLOC_CONF", "GLIBC_TUNABLES")
 _ENDLESS = 1_000_000_000
 
 
@@ -47,8 +54,11 @@ def _prepare(task: Mapping[str, Any]) -> Prepared:
 
     ways = {f"{cores} threads": make(0, cores), f"{cores} processes": make(cores, 1)}
     run, facts = fastest(ways, batch)
-    return Prepared(run=run, facts={**facts, "settings": facts["candidate"]})
+    facts["settings"] = facts["candidate"]
+    facts["variables"] = {name: os.environ[name] for name in _ALLOCATOR if name in os.environ}
+    return Prepared(run=run, facts=facts)
 
 
 if __name__ == "__main__":
+    startup.tune(sys.argv)
     serve(_prepare, refusals=(UserError,))
