@@ -130,7 +130,9 @@ def test_a_training_step_is_compiled_for_gpus_that_are_not_there(tmp_path):
         *("--json", str(file), "--top", "1"),
     )
     assert done.returncode == 0, done.stderr
-    result, larger = json.loads(file.read_text())["results"]
+    content = json.loads(file.read_text())
+    assert content["environment"]["command"].endswith("--batch 4,8 --devices 2 --top 1")
+    result, larger = content["results"]
     assert 0 < result["device_bytes"] < larger["device_bytes"]
     *_, header, line = done.stdout.splitlines()
     assert header.split()[-2:] == ["141", "GB"]

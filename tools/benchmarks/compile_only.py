@@ -300,7 +300,7 @@ def _environment(flags: argparse.Namespace, mesh: "jax.sharding.Mesh") -> dict[s
     import jaxlib
 
     return {
-        "command": " ".join(["tools/benchmark.py", *sys.argv[1:]]),
+        "command": " ".join(["tools/benchmark.py", *_without_outputs(sys.argv[1:])]),
         "target": flags.target,
         "device": mesh.devices.flat[0].device_kind,
         "devices": mesh.size,
@@ -310,6 +310,16 @@ def _environment(flags: argparse.Namespace, mesh: "jax.sharding.Mesh") -> dict[s
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "recipe": flags.config or "plain: softmax, SGD, moving statistics of BatchNorm",
     }
+
+
+def _without_outputs(arguments: Sequence[str]) -> Iterator[str]:
+    """Leaves out where results were written: nobody else's folder."""
+    words = iter(arguments)
+    for word in words:
+        if word in ("--json", "--text"):
+            next(words, None)
+        elif not word.startswith(("--json=", "--text=")):
+            yield word
 
 
 def _told(environment: dict[str, Any]) -> str:
