@@ -30,7 +30,7 @@ _PURGE_ALL_ARENAS = b"arena.4096.purge"  # jemalloc's MALLCTL_ARENAS_ALL
 _GLIBC_TUNABLES = (
     "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=274877906944:glibc.malloc.hugetlb=1"
 )
-_ALLOCATOR_VARIABLES = ("LD_PRELOAD", "MALLOC_CONF", "GLIBC_TUNABLES")
+ALLOCATOR_VARIABLES = ("LD_PRELOAD", "MALLOC_CONF", "GLIBC_TUNABLES")
 _JEMALLOC_FOLDERS = (
     f"/usr/lib/{platform.machine()}-linux-gnu",
     "/usr/lib64",
@@ -225,7 +225,7 @@ def _known_flags(names: list[str]) -> set[str]:
 
 def _allocator(environment: Mapping[str, str]) -> tuple[dict[str, str], str]:
     """Returns the environment of a better allocator and what to say; {} to leave it alone."""
-    if any(name in environment for name in _ALLOCATOR_VARIABLES):
+    if any(name in environment for name in ALLOCATOR_VARIABLES):
         return {}, ""
     for folder in _JEMALLOC_FOLDERS:
         library = Path(folder, "libjemalloc.so.2")

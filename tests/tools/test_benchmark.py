@@ -205,7 +205,7 @@ def test_whole_input_pipelines_are_measured(tmp_path):
     assert done.returncode == 0, done.stderr
     (record,) = json.loads(result.read_text())["results"]
     assert record["candidate"] in ("1 threads", "1 processes")
-    assert set(record["tried_pipelines"]) == {"1 threads", "1 processes"}
+    assert set(record["tried"]) == {"1 threads", "1 processes"}
     low, high = record["range"]
     assert 0 < low <= record["images_per_second"] <= high
     assert "effv2_jax pillow" in done.stdout

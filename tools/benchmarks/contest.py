@@ -22,7 +22,6 @@ from effv2_jax.errors import UserError
 
 WORKERS = Path(__file__).parent / "workers"
 
-ALLOCATOR = ("LD_PRELOAD", "MALLOC_CONF", "GLIBC_TUNABLES")
 _MARGIN = 1.3  # of memory: a peer may need so much more than this project
 _WARM_STEPS = 2  # the first touch memory for the first time; the last of them is timed
 

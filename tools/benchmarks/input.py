@@ -8,7 +8,6 @@ Every part is timed several times; the median and the range are printed. "per co
 processor time that was used, not by the clock, so that other load on the machine matters little.
 """
 
-import dataclasses
 import importlib.util
 import itertools
 import os
@@ -31,20 +30,10 @@ from effv2_jax.data.loader import eval_batches, to_device, train_batches
 from effv2_jax.data.order import position_generator
 from effv2_jax.data.preprocess import evaluation_image, training_image
 from effv2_jax.data.sources import open_source
+from effv2_jax.training.progressive import plan_stages
 
 _PICTURES = 64  # of the source that are used
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """The fields of `training.progressive.Stage` that the loader reads."""
-
-    index: int
-    image_size: int
-    batch_size: int
-    start_step: int
-    end_step: int
-    first_example: int
+_ENDLESS = 1_000_000  # steps
 
 
 def write_photographs(folder: Path) -> None:
@@ -161,9 +150,11 @@ def _measure_loader(
     workers = data_config.workers
     how = f"{workers} processes x" if workers else "this process,"
     for size in sizes:
-        stage = Stage(0, size, batch_size, 0, 1_000_000, 0)
+        stages = plan_stages(
+            num_examples=_ENDLESS * batch_size, batch_size=batch_size, epochs=1.0, image_size=size
+        )
         batches = train_batches(
-            source, (stage,), data_config, seed=0, start_step=0, stop_step=1_000_000
+            source, stages, data_config, seed=0, start_step=0, stop_step=_ENDLESS
         )
         with batches:
             # The buffers are emptied first: what was made before the clock started is not counted.

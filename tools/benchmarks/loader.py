@@ -23,6 +23,7 @@ from benchmarks.input import write_photographs
 from benchmarks.results import OWN, Record, Results
 from effv2_jax.command import Parser, say
 from effv2_jax.errors import UserError
+from effv2_jax.startup import ALLOCATOR_VARIABLES
 
 # Peer -> its worker, and the modules that its interpreter must have.
 _PEERS = {
@@ -134,7 +135,7 @@ def _measure(
             name=name,
             command=contest.start(_PEERS[name][0], pythons[name]),
             task=task,
-            inherits=contest.ALLOCATOR,
+            inherits=ALLOCATOR_VARIABLES,
         )
         for name in flags.peer
     ]

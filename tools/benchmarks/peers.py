@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks import contest
 from effv2_jax.errors import UserError
+from effv2_jax.startup import ALLOCATOR_VARIABLES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,6 +138,6 @@ def contestant(
         task={**task, "peer": name, "peer_model": peer.network(task["model"]), "threads": threads},
         environment={**peer.environment, "OMP_NUM_THREADS": str(threads)},
         # TensorFlow ends at XLA flags it does not know.
-        inherits=(*contest.ALLOCATOR, *(("XLA_FLAGS",) if "jax" in peer.modules else ())),
+        inherits=(*ALLOCATOR_VARIABLES, *(("XLA_FLAGS",) if "jax" in peer.modules else ())),
         asked={"compile": task["compile"]},
     )

@@ -4,9 +4,9 @@
 place of the networks that asks which backend runs. `TABLE` holds every choice: GPUs and TPUs take
 XLA's convolution as it is; XLA's CPU backend is several times slower with some of them, above all
 with the gradients of depthwise convolutions, so it gets forms of its own (`cpu_depthwise.py`,
-`cpu_dense.py`). On GPUs the passes over memory between the convolutions decide, so norms are
-written out there (`gpu_norm.py`, `gpu_sums.py`, `gpu_dense.py`). All forms agree with the plain
-ones in value and gradient to rounding.
+`cpu_dense.py`, `cpu_winograd.py`). On GPUs the passes over memory between the convolutions decide,
+so norms are written out there (`gpu_norm.py`, `gpu_sums.py`, `gpu_dense.py`). All forms agree with
+the plain ones in value and gradient to rounding.
 """
 
 from collections.abc import Callable

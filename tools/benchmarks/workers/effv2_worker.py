@@ -18,7 +18,7 @@ from effv2_jax import startup
 from effv2_jax.errors import UserError
 
 # What a peer needs to run with the same allocator, and what says how XLA was set.
-_VARIABLES = ("LD_PRELOAD", "MALLOC_CONF", "GLIBC_TUNABLES", "XLA_FLAGS")
+_VARIABLES = (*startup.ALLOCATOR_VARIABLES, "XLA_FLAGS")
 
 Run = Callable[[int], None]
 

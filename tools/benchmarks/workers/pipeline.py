@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 _TRIAL_IMAGES = 1024
@@ -37,10 +37,7 @@ def timed(start: Callable[[], Iterator[Any]], *, warm: int) -> Run:
     return run
 
 
-def fastest(ways: Mapping[str, Run], batch: int) -> tuple[Run, dict[str, Any]]:
-    """Returns the fastest of several pipelines, and what each made of it, for the record."""
+def trial(batch: int) -> Callable[[Run], float]:
+    """Returns what measures a way on trial (`serve.fastest`): seconds of a batch."""
     steps = max(4, _TRIAL_IMAGES // batch)
-    rates = {name: steps * batch / run(steps) for name, run in ways.items()}
-    best = max(rates, key=rates.get)
-    tried = {name: f"{rate:,.0f} images/s" for name, rate in rates.items()}
-    return ways[best], {"candidate": best, "tried_pipelines": tried}
+    return lambda run: run(steps) / steps

@@ -85,14 +85,28 @@ def serve(
         answers.write(json.dumps(answer) + "\n")
 
 
+def _trial(run: Callable[[int], None]) -> float:
+    """Seconds of a step, the best of a few."""
+    times: list[float] = []
+    while len(times) < 2 or sum(times) < _TRIAL_SECONDS:
+        start = time.perf_counter()
+        run(1)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
 def fastest(
-    candidates: Mapping[str, Callable[[], Callable[[int], None]]], only: str | None
-) -> tuple[Callable[[int], None], dict[str, Any]]:
+    candidates: Mapping[str, Callable[[], Callable[[int], Any]]],
+    only: str | None,
+    *,
+    trial: Callable[[Callable[[int], Any]], float] = _trial,
+) -> tuple[Callable[[int], Any], dict[str, Any]]:
     """Tries ways of computing the same step and keeps the fastest.
 
     Args:
         candidates: name -> makes the way's `run(steps)`.
         only: the name of the one to take without trying; None: try all.
+        trial: measures a way: seconds of a step.
 
     Returns:
         The run, and the facts: "candidate" its name, "compile_seconds" from nothing to its first
@@ -111,7 +125,7 @@ def fastest(
             run = make()
             run(1)
             first = time.perf_counter() - start
-            seconds = _trial(run) if only is None and len(candidates) > 1 else 0.0
+            seconds = trial(run) if only is None and len(candidates) > 1 else 0.0
         except Exception as error:
             tried[name] = f"failed: {type(error).__name__}: {error}".splitlines()[0][:200]
             continue
@@ -121,16 +135,6 @@ def fastest(
     if best is None:
         raise RefusedError(f"nothing works: {tried}")
     return best[1], {**best[2], "tried": tried}
-
-
-def _trial(run: Callable[[int], None]) -> float:
-    """Seconds of a step, the best of a few."""
-    times: list[float] = []
-    while len(times) < 2 or sum(times) < _TRIAL_SECONDS:
-        start = time.perf_counter()
-        run(1)
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def _run(prepared: Prepared, steps: int) -> dict[str, float]:

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from pipeline import Run, fastest, timed
-from serve import Prepared, serve
+from pipeline import Run, timed, trial
+from serve import Prepared, fastest, serve
 
 
 def _prepare(task: Mapping[str, Any]) -> Prepared:
@@ -49,9 +49,9 @@ def _prepare(task: Mapping[str, Any]) -> Prepared:
 
         return timed(start, warm=2 * workers + 1)
 
-    ways = {f"{number} processes": make(number) for number in (cores, 2 * cores)}
-    ways["the main process"] = make(0)
-    run, facts = fastest(ways, batch)
+    ways = {f"{number} processes": lambda n=number: make(n) for number in (cores, 2 * cores)}
+    ways["the main process"] = lambda: make(0)
+    run, facts = fastest(ways, task.get("candidate"), trial=trial(batch))
     facts["settings"] = f"timm {timm.__version__}, torch {torch.__version__}, {facts['candidate']}"
     return Prepared(run=run, facts=facts)
 
