@@ -15,6 +15,7 @@ from jax import lax
 
 from effv2_jax.errors import UserError
 from effv2_jax.models import lowering
+from effv2_jax.models.lowering import all_reduce
 
 Array = jax.Array
 DeviceGroups = list[list[int]] | None
@@ -179,7 +180,14 @@ class BatchNorm(nn.Module):
             if axis_name is None:
                 return means
             # Together: one message per norm.
-            return lax.pmean(means, axis_name, axis_index_groups=device_groups)
+            sums = all_reduce.psum(
+                means,
+                axis_name,
+                joined_bytes=lowering.choose(self.implementation).joined_bytes,
+                axis_index_groups=device_groups,
+            )
+            devices = len(device_groups[0]) if device_groups else lax.axis_size(axis_name)
+            return tuple(total / devices for total in sums)
 
         if self.two_pass:
             (mean,) = mean_of(x)

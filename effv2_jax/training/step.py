@@ -19,7 +19,9 @@ from jax.sharding import Mesh, PartitionSpec
 
 from effv2_jax.data import augment
 from effv2_jax.data.mix import mix
+from effv2_jax.models import lowering
 from effv2_jax.models.layers import example_keys
+from effv2_jax.models.lowering import all_reduce
 from effv2_jax.models.network import EfficientNet, infer
 from effv2_jax.training import optimizers
 from effv2_jax.training.ema import ema_decay, update_ema
@@ -185,7 +187,11 @@ def local_gradients(
     )
     best = jnp.argmax(logits, -1, keepdims=True)
     hits = jnp.take_along_axis(labels, best, -1)[:, 0] >= jnp.max(labels, -1)
-    gradients, xent, hits = jax.lax.psum((gradients, xent, jnp.sum(hits)), AXIS)
+    gradients, xent, hits = all_reduce.psum(
+        (gradients, xent, jnp.sum(hits, dtype=jnp.float32)),
+        AXIS,
+        joined_bytes=lowering.choose(model.lowering).joined_bytes,
+    )
 
     schedule_step = knobs["schedule_start"] + knobs["schedule_scale"] * (
         state.step - knobs["stage_start_step"]

@@ -40,6 +40,8 @@ class Lowering:
         activation: wraps the activation functions behind norms; the values stay the same.
         stored: applied to the input of a block with a shortcut, which several operations read.
         pixels_at_once: of the images that pass the network together in inference; None: of all.
+        joined_bytes: arrays of at most so many bytes are summed over the devices as one, see
+            `all_reduce.psum`.
     """
 
     dense: _Form
@@ -49,6 +51,7 @@ class Lowering:
     activation: Callable[[_Function], _Function] = lambda function: function
     stored: _Function = lambda x: x
     pixels_at_once: int | None = None
+    joined_bytes: int = 0
 
     def images_at_once(self, shape: tuple[int, ...]) -> int:
         """Returns how many of the images [N, H, W, 3] pass the network together in inference.
@@ -77,6 +80,8 @@ _CPU = Lowering(
     # The maps of a few images stay in the caches from one layer to the next, those of a batch do
     # not: 4 images of 224 px measure best, or as many pixels (docs/performance.md).
     pixels_at_once=4 * 224 * 224,
+    # V2-B0's 481 waits of a step become 179; to join larger arrays costs what is left to gain.
+    joined_bytes=2**16,
 )
 _GPU = replace(_PLAIN, dense=gpu_dense.dense, norm=gpu_norm.norm, stored=gpu_norm.stored)
 
