@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,17 +66,16 @@ class Worker:
         self.contestant = contestant
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         try:
-            self._process = subprocess.Popen(
-                contestant.command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._errors,
-                env=dict(environment),
-                text=True,
-                bufsize=1,
-                # This program has one thread and no framework: nothing to go wrong in between.
-                preexec_fn=lambda: bind(cores),
-            )
+            with bound(cores):
+                self._process = subprocess.Popen(
+                    contestant.command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=self._errors,
+                    env=dict(environment),
+                    text=True,
+                    bufsize=1,
+                )
         except OSError as error:
             raise UserError(
                 f"{contestant.name}: cannot start {contestant.command[0]}: {error.strerror}; "
@@ -314,10 +313,18 @@ def start(worker: str, python: str = sys.executable, *arguments: str) -> tuple[s
     return (python, str(WORKERS / worker), *arguments)
 
 
-def bind(cores: Sequence[int]) -> None:
-    """Keeps this process to these cores, where the system can."""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, cores)
+@contextmanager
+def bound(cores: Sequence[int]) -> Iterator[None]:
+    """Keeps processes that are started inside to these cores, where the system can."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)  # of this thread; a child inherits it
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def _free_memory() -> float:

@@ -159,16 +159,13 @@ def _run(
         "train.epochs": repr((steps + 0.5) * flags.batch[0] / examples),
         "runtime.log_every_steps": str(max(1, steps // _LOGGED)),
     }
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "effv2_jax.main", "--config", flags.config,
-            "--workdir", str(folder / "run"), *(["--no-tune"] if flags.no_tune else []),
-            *(f"--config.{key}={value}" for key, value in overrides.items()),
-        ],
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: contest.bind(cores),
-    )  # fmt: skip
+    command = [
+        sys.executable, "-m", "effv2_jax.main", "--config", flags.config,
+        "--workdir", str(folder / "run"), *(["--no-tune"] if flags.no_tune else []),
+        *(f"--config.{key}={value}" for key, value in overrides.items()),
+    ]  # fmt: skip
+    with contest.bound(cores):
+        done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         words = (done.stderr or done.stdout).strip().splitlines() or ["without a word"]
         raise UserError(f"the run ended with {done.returncode}: {words[-1]}")
