@@ -64,8 +64,15 @@ def _roofline(mode):
     }  # fmt: skip
 
 
-def _file(path, records):
-    path.write_text(json.dumps({"machines": [], "results": records}))
+def _machine(load, rate):
+    return {
+        "device": "cpu", "devices": 1, "processor": "x", "cores": 1, "jax": "1", "jaxlib": "1",
+        "tuning": "none", "load": load, "matmul_flops": {"float32": rate}, "copy_bytes": 2e10,
+    }  # fmt: skip
+
+
+def _file(path, records, machines=()):
+    path.write_text(json.dumps({"machines": list(machines), "results": records}))
     return str(path)
 
 
@@ -113,6 +120,17 @@ def test_tables_have_the_ratios_and_how_the_fastest_peer_stands(tmp_path, capsys
     assert "| stem: Conv, 3x3, stride 2 | 1 | 192 x 192 x 3 | 2.00 | 50% |" in text
     assert "| convolution | " in text
     assert text.count("| the step | ") == 1
+
+
+def test_tables_of_several_networks_and_times_are_summed_up(tmp_path, capsys):
+    others = [{**record, "model": "efficientnetv2-s"} for record in _steps()]
+    times = [_machine(0.5, 1.1e11), _machine(None, 9e10), {**_machine(0.1, 2e11), "cores": 2}]
+    assert benchmark.main(["tables", _file(tmp_path / "x.json", _steps() + others, times)]) == 0
+    text = capsys.readouterr().out
+    assert text.count("(x)") == 2
+    assert "(x), 1 of its cores, load 0.5; " in text
+    assert "measured: matrix products float32 90 to 110 GFLOP/s, copies 20.0 GB/s" in text
+    assert "All networks together. Against the fastest peer of each of 16 cases" in text
 
 
 @pytest.mark.parametrize("part", ["draw", "tables"])

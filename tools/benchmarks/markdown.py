@@ -13,6 +13,9 @@ from benchmarks.roofline import kernel_times, layer_rows
 from effv2_jax.command import Parser
 from effv2_jax.errors import UserError
 
+# What tells machines apart; the rest is what they measured at one time.
+_MACHINE = ("device", "devices", "processor", "cores", "jax", "jaxlib", "tuning")
+
 
 def run(arguments: Sequence[str]) -> None:
     """Prints the tables.
@@ -32,10 +35,9 @@ def run(arguments: Sequence[str]) -> None:
     ]
     if not sections:
         raise UserError(f"{', '.join(flags.files)}: no results of step, block or roofline")
-    machines = [
-        describe_machine(machine) for content in contents for machine in content["machines"]
-    ]
-    print("\n\n".join([*dict.fromkeys(machines), *sections]))
+    machines = [machine for content in contents for machine in content["machines"]]
+    told = [describe_machine(*same) for _, same in _groups(machines, *_MACHINE)]
+    print("\n\n".join([*told, *sections]))
 
 
 def _steps(found: Sequence[Record]) -> Iterable[str]:
@@ -58,12 +60,14 @@ def _steps(found: Sequence[Record]) -> Iterable[str]:
         told = dict.fromkeys(map(settings, group))
         lines = [f"**{model}, {dtype}**", _table(head, rows), *_summary(group)]
         yield "\n\n".join([*lines, "\n".join(f"* {line}" for line in told)])
+    if len({record["model"] for record in found}) > 1:
+        yield from ("All networks together. " + line for line in _summary(found))
 
 
 def _summary(found: Sequence[Record]) -> list[str]:
     """How this project stands to the fastest peer of every case."""
     best = []
-    keys = ("image_size", "batch", "cores", "mode")
+    keys = ("model", "dtype", "image_size", "batch", "cores", "mode", "recipe", "stage")
     for _, case in _groups([record for record in found if "ratio" in record], *keys):
         peers = [record["ratio"][0] for record in case if record["framework"] != OWN]
         best += [min(peers)] if peers else []

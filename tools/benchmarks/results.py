@@ -255,19 +255,26 @@ def _mebibytes(count: int | None) -> str:
     return "" if count is None else f"{count / 2**20:.0f}"
 
 
-def describe_machine(machine: Mapping[str, Any]) -> str:
-    """Two lines: what computes, and how fast it multiplies and copies."""
-    load = machine["load"]
-    told = "unknown" if load is None else f"{load:.1f}"
+def describe_machine(*times: Mapping[str, Any]) -> str:
+    """Two lines: what computes, and how fast it multiplied and copied at one or several times."""
+    machine = times[0]
+    loads = [found["load"] for found in times if found["load"] is not None]
     rates = ", ".join(
-        f"{dtype} {rate / 1e9:,.0f}" for dtype, rate in machine["matmul_flops"].items()
+        f"{dtype} {_span([found['matmul_flops'][dtype] / 1e9 for found in times], ',.0f')}"
+        for dtype in machine["matmul_flops"]
     )
+    copies = _span([found["copy_bytes"] / 1e9 for found in times], ",.1f")
     return (
         f"{machine['devices']} x {machine['device']} ({machine['processor']}), "
-        f"{machine['cores']} of its cores, load {told}; jax {machine['jax']}, "
-        f"jaxlib {machine['jaxlib']}; {machine['tuning']}\n"
-        f"measured: matrix products {rates} GFLOP/s, copies {machine['copy_bytes'] / 1e9:,.1f} GB/s"
+        f"{machine['cores']} of its cores, load {_span(loads, '.1f') if loads else 'unknown'}; "
+        f"jax {machine['jax']}, jaxlib {machine['jaxlib']}; {machine['tuning']}\n"
+        f"measured: matrix products {rates} GFLOP/s, copies {copies} GB/s"
     )
+
+
+def _span(values: Sequence[float], layout: str) -> str:
+    ends = dict.fromkeys(format(end, layout) for end in (min(values), max(values)))
+    return " to ".join(ends)
 
 
 def table(case: Case, found: Sequence[Record]) -> str:
