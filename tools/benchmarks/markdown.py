@@ -49,7 +49,10 @@ def _steps(found: Sequence[Record]) -> Iterable[str]:
         head += [f"/ {name}" for name in others]
         rows = []
         keys = ("image_size", "batch", "cores", "mode", "recipe", "stage")
-        for values, case in _groups(group, *keys):
+        cases = sorted(
+            _groups(group, *keys), key=lambda case: (*case[0][:3], case[0][3] != "train")
+        )
+        for values, case in cases:
             by_name = {_label(record): record for record in case}
             size, batch, cores, mode, recipe, stage = values
             step = mode if recipe == "plain" else f"{mode}, {recipe}"
