@@ -125,11 +125,14 @@ def test_tables_have_the_ratios_and_how_the_fastest_peer_stands(tmp_path, capsys
 def test_tables_of_several_networks_and_times_are_summed_up(tmp_path, capsys):
     others = [{**record, "model": "efficientnetv2-s"} for record in _steps()]
     times = [_machine(0.5, 1.1e11), _machine(None, 9e10), {**_machine(0.1, 2e11), "cores": 2}]
+    times[1]["matmul_flops"]["bfloat16"] = 5e10
     assert benchmark.main(["tables", _file(tmp_path / "x.json", _steps() + others, times)]) == 0
     text = capsys.readouterr().out
     assert text.count("(x)") == 2
     assert "(x), 1 of its cores, load 0.5; " in text
-    assert "measured: matrix products float32 90 to 110 GFLOP/s, copies 20.0 GB/s" in text
+    assert (
+        "measured: matrix products float32 90 to 110, bfloat16 50 GFLOP/s, copies 20.0 GB/s" in text
+    )
     assert "All networks together. Against the fastest peer of each of 16 cases" in text
 
 

@@ -259,10 +259,11 @@ def describe_machine(*times: Mapping[str, Any]) -> str:
     """Two lines: what computes, and how fast it multiplied and copied at one or several times."""
     machine = times[0]
     loads = [found["load"] for found in times if found["load"] is not None]
-    rates = ", ".join(
-        f"{dtype} {_span([found['matmul_flops'][dtype] / 1e9 for found in times], ',.0f')}"
-        for dtype in machine["matmul_flops"]
-    )
+    matmul: dict[str, list[float]] = {}
+    for found in times:
+        for dtype, rate in found["matmul_flops"].items():
+            matmul.setdefault(dtype, []).append(rate / 1e9)
+    rates = ", ".join(f"{dtype} {_span(values, ',.0f')}" for dtype, values in matmul.items())
     copies = _span([found["copy_bytes"] / 1e9 for found in times], ",.1f")
     return (
         f"{machine['devices']} x {machine['device']} ({machine['processor']}), "
