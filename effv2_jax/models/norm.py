@@ -142,7 +142,11 @@ class BatchNorm(nn.Module):
         if self.unbiased:
             new_var = new_var * (count / max(count - 1, 1))
         if self.axis_name is not None and self.group_size:
-            new_mean, new_var = lax.pmean((new_mean, new_var), self.axis_name)
+            new_mean, new_var = all_reduce.pmean(
+                (new_mean, new_var),
+                self.axis_name,
+                joined_bytes=lowering.choose(self.implementation).joined_bytes,
+            )
         for moving, new in ((moving_mean, new_mean), (moving_var, new_var)):
             old = self.momentum * moving.value
             moving.value = old + (1 - self.momentum) * lax.stop_gradient(new)
@@ -180,14 +184,12 @@ class BatchNorm(nn.Module):
             if axis_name is None:
                 return means
             # Together: one message per norm.
-            sums = all_reduce.psum(
+            return all_reduce.pmean(
                 means,
                 axis_name,
                 joined_bytes=lowering.choose(self.implementation).joined_bytes,
                 axis_index_groups=device_groups,
             )
-            devices = len(device_groups[0]) if device_groups else lax.axis_size(axis_name)
-            return tuple(total / devices for total in sums)
 
         if self.two_pass:
             (mean,) = mean_of(x)

@@ -73,8 +73,25 @@ def test_an_axis_of_one_device_is_left_alone():
     assert "concatenate" not in compiled.as_text()
 
 
+@pytest.mark.parametrize("groups", [None, GROUPS], ids=["all", "groups"])
+def test_means_are_those_of_jax(groups):
+    values = {name: value.astype(np.float32) for name, value in _values().items()}
+
+    def ours(tree):
+        return all_reduce.pmean(tree, "data", joined_bytes=4 * 45, axis_index_groups=groups)
+
+    def plain(tree):
+        return jax.lax.pmean(tree, "data", axis_index_groups=groups)
+
+    found, expected = (_on_devices(function, values)(values) for function in (ours, plain))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+# Without groups the devices meet for the batch's statistics, with groups on a device for the
+# moving ones only, with groups of two devices for both.
+@pytest.mark.parametrize(("group_size", "meetings"), [(0, 1), (1, 1), (2, 2)])
 @pytest.mark.parametrize("form", ["cpu", "plain"])
-def test_a_norm_of_the_network_waits_once_on_cpus(form):
+def test_a_norm_of_the_network_waits_once_on_cpus(form, group_size, meetings):
     model = create_model(
         "efficientnetv2-b0",
         3,
@@ -82,16 +99,14 @@ def test_a_norm_of_the_network_waits_once_on_cpus(form):
         survival_prob=1.0,
         lowering=form,
         axis_name="data",
+        bn_group_size=group_size,
     )
     variables = init_variables(model.clone(axis_name=None), 0)
     norms = len(jax.tree.leaves(variables["batch_stats"])) // 2  # mean and variance
 
     def forward(images):
-        logits, _ = model.apply(
-            variables, images, train=True, dropout_rate=0.0, mutable=["batch_stats"]
-        )
-        return logits
+        return model.apply(variables, images, train=True, dropout_rate=0.0, mutable=["batch_stats"])
 
     images = jnp.ones((4, 32, 32, 3))
-    expected = norms * (1 if form == "cpu" else 2)
+    expected = norms * meetings * (1 if form == "cpu" else 2)
     assert _arrays_summed(_on_devices(forward, images)) == expected

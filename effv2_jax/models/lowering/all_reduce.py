@@ -1,4 +1,4 @@
-"""Sums over the devices of a mesh."""
+"""Sums and means over the devices of a mesh."""
 
 import itertools
 from typing import Any
@@ -45,3 +45,17 @@ def psum(
         for i, part in zip(group, jnp.split(message, ends[:-1]), strict=True):
             summed[i] = part.reshape(leaves[i].shape)
     return structure.unflatten([summed[i] for i in range(len(leaves))])
+
+
+def pmean(
+    tree: Any,
+    axis_name: str,
+    *,
+    joined_bytes: int,
+    axis_index_groups: list[list[int]] | None = None,
+) -> Any:
+    """`jax.lax.pmean`, with small arrays joined to one; arguments as those of `psum`."""
+    groups = axis_index_groups
+    devices = len(groups[0]) if groups else lax.axis_size(axis_name)
+    sums = psum(tree, axis_name, joined_bytes=joined_bytes, axis_index_groups=groups)
+    return jax.tree.map(lambda total: total / devices, sums)
