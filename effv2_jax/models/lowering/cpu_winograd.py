@@ -1,14 +1,18 @@
-"""3x3 convolutions at stride 1 with 16 products for every 2x2 outputs instead of 36.
+"""3x3 convolutions at stride 1 with 36 products for every 4x4 outputs instead of 144.
 
-Winograd's F(2x2, 3x3), as Lavin and Gray wrote it down for networks (arXiv:1509.09308): an output
-tile is A^T [(G g G^T) * (B^T d B)] A, with d the 4x4 inputs that it sees. Sums over channels are
-made between the transformations, so they are 16 matrix products per image. The transformations
-only add, subtract and halve; results differ from the direct convolution's by rounding.
+Winograd's F(4x4, 3x3), as Lavin and Gray wrote it down for networks (arXiv:1509.09308): an output
+tile is A^T [(G g G^T) * (B^T d B)] A, with d the 6x6 inputs that it sees. Sums over channels are
+made between the transformations, so they are 36 matrix products for a few images.
 
-They also write and read four times the input and the output. Image by image that happens in the
-caches, where it costs less than is saved unless the channels are few.
+The matrices evaluate polynomials at a few points. Those of the paper, 0, 1, -1, 2 and -2, round
+five times worse than F(2x2, 3x3) does; 0, +-1/sqrt(2) and +-sqrt(2), whose powers are balanced,
+only a third worse (Barabasz et al., arXiv:1803.10986, search for such points).
+
+The tiles are 2.25 times the input and the output in size. A few images at a time they stay in the
+caches, where writing and reading them costs less than is saved unless the channels are few.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -17,6 +21,13 @@ from jax import lax
 
 from effv2_jax.models.lowering.geometry import Geometry
 from effv2_jax.models.lowering.windows import materialize
+
+_TILE = 4  # outputs of a tile along each axis
+_POINTS = _TILE + 2  # inputs of a tile along each axis, and products
+# Tiles that make a matrix product long enough, measured: rows of it, or the terms of its sums.
+_CONVOLUTION_TILES = 32
+_GRADIENT_TILES = 128
+_ROOT = math.sqrt(2)
 
 
 def is_faster(x: jax.Array, kernel_shape: Sequence[int], geometry: Geometry) -> bool:
@@ -37,91 +48,142 @@ def _applies(x: jax.Array, geometry: Geometry) -> bool:
     return (
         x.dtype == jnp.float32  # narrower types would round the transformed values
         and geometry.strides == (1, 1)
-        and all(axis.kernel == 3 and axis.out >= 8 for axis in (geometry.rows, geometry.columns))
+        and all(axis.kernel == 3 and axis.out >= 7 for axis in (geometry.rows, geometry.columns))
     )
 
 
 def convolve(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
     """Convolution of x [N, H, W, C] with kernel [3, 3, C, O] at stride 1: [N, H', W', O]."""
-    transformed = _kernel_tiles(kernel)
+    transformed = _along(_along(kernel, 0, _kernel_points), 1, _kernel_points)
+    transformed = transformed.reshape(_POINTS**2, *kernel.shape[2:])
 
-    def convolve_image(image: jax.Array) -> jax.Array:
+    def convolve_images(images: jax.Array) -> jax.Array:
         products = lax.dot_general(
-            _input_tiles(image, geometry), transformed, (((2,), (1,)), ((0,), (0,)))
+            _input_tiles(images, geometry), transformed, (((2,), (1,)), ((0,), (0,)))
         )
         return _outputs(products, geometry)
 
-    return lax.map(convolve_image, x)
+    y = lax.map(convolve_images, _split(x, geometry, _CONVOLUTION_TILES))
+    return y.reshape(-1, *y.shape[2:])
 
 
 def kernel_gradient(x: jax.Array, dy: jax.Array, geometry: Geometry) -> jax.Array:
     """Gradient of `convolve` with respect to its kernel, from dy [N, H', W', O]: [3, 3, C, O]."""
 
-    def add_image(total: jax.Array, image: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        tiles, gradients = _input_tiles(image[0], geometry), _output_tiles(image[1], geometry)
+    def add_images(total: jax.Array, images: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        tiles, gradients = _input_tiles(images[0], geometry), _gradient_tiles(images[1], geometry)
         return total + lax.dot_general(tiles, gradients, (((1,), (1,)), ((0,), (0,)))), None
 
-    shape = (16, x.shape[3], dy.shape[3])
-    total, _ = lax.scan(add_image, jnp.zeros(shape, x.dtype), (x, dy))
-    total = total.reshape(4, 4, *shape[1:])
-    taps = _along_both(total, lambda a, b, c, e: (a + (b + c) / 2, (b - c) / 2, (b + c) / 2 + e))
-    return jnp.stack([jnp.stack(line) for line in taps])
+    channels, filters = x.shape[3], dy.shape[3]
+    start = jnp.zeros((_POINTS**2, channels, filters), x.dtype)
+    images = tuple(_split(v, geometry, _GRADIENT_TILES) for v in (x, dy))
+    total, _ = lax.scan(add_images, start, images)
+    total = total.reshape(_POINTS, _POINTS, channels, filters)
+    return _along(_along(total, 0, _kernel_taps), 1, _kernel_taps)
 
 
 def _tiles(geometry: Geometry) -> tuple[int, int]:
-    """Rows and columns of tiles; the last of an odd axis is half outside."""
-    return -(-geometry.rows.out // 2), -(-geometry.columns.out // 2)
+    """Rows and columns of tiles; the last of an axis may be partly outside."""
+    return -(-geometry.rows.out // _TILE), -(-geometry.columns.out // _TILE)
 
 
-def _kernel_tiles(kernel: jax.Array) -> jax.Array:
-    """G g G^T: [3, 3, C, O] -> [16, C, O]."""
-    tile = _along_both(kernel, lambda a, b, c: (a, (a + b + c) / 2, (a - b + c) / 2, c))
-    return jnp.stack([v for line in tile for v in line])
+def _split(x: jax.Array, geometry: Geometry, tiles: int) -> jax.Array:
+    """[N, ...] -> [N / n, n, ...] with the images together that have at least so many tiles."""
+    wanted = -(-tiles // math.prod(_tiles(geometry)))
+    together = max(n for n in range(1, wanted + 1) if x.shape[0] % n == 0)
+    return x.reshape(-1, together, *x.shape[1:])
 
 
-def _input_tiles(image: jax.Array, geometry: Geometry) -> jax.Array:
-    """B^T d B of every tile: image [H, W, C] -> [16, tiles, C]."""
+def _input_tiles(images: jax.Array, geometry: Geometry) -> jax.Array:
+    """B^T d B of every tile: images [n, H, W, C] -> [36, tiles, C]."""
     rows, columns = _tiles(geometry)
     (top, _), (left, _) = geometry.padding
     bottom, right = (
-        2 * tiles + 2 - size - low
-        for tiles, size, low in zip((rows, columns), image.shape, (top, left), strict=False)
+        _TILE * tiles + 2 - size - low
+        for tiles, size, low in zip((rows, columns), images.shape[1:], (top, left), strict=False)
     )
-    padded = materialize(jnp.pad(image, ((top, bottom), (left, right), (0, 0))))
-    d = [
-        [padded[i : i + 2 * rows : 2, j : j + 2 * columns : 2] for j in range(4)] for i in range(4)
-    ]
-    return _stack(_along_both(d, lambda a, b, c, e: (a - c, b + c, c - b, b - e)))
+    padded = materialize(jnp.pad(images, ((0, 0), (top, bottom), (left, right), (0, 0))))
+    height, width = _TILE * (rows - 1) + 1, _TILE * (columns - 1) + 1
+    # Materialised, or XLA computes each line again for every value that it is part of.
+    lines = materialize(
+        jnp.stack(_input_points(*(padded[:, i : i + height : _TILE] for i in range(_POINTS))))
+    )
+    tiles = _input_points(*(lines[..., j : j + width : _TILE, :] for j in range(_POINTS)))
+    return jnp.stack(tiles, 1).reshape(_POINTS**2, -1, images.shape[3])
 
 
 def _outputs(products: jax.Array, geometry: Geometry) -> jax.Array:
-    """A^T m A of every tile, put together: [16, tiles, O] -> [H', W', O]."""
+    """A^T m A of every tile, put together: [36, tiles, O] -> [n, H', W', O]."""
     rows, columns = _tiles(geometry)
-    m = products.reshape(4, 4, rows, columns, -1)
-    tile = _along_both(m, lambda a, b, c, e: (a + b + c, b - c - e))
-    image = jnp.stack([jnp.stack(line, 2) for line in tile], 1)
-    image = image.reshape(2 * rows, 2 * columns, -1)
-    return image[: geometry.rows.out, : geometry.columns.out]
+    products = products.reshape(_POINTS, _POINTS, -1, rows, columns, products.shape[2])
+    lines = materialize(jnp.stack(_output_values(*products), 3))
+    images = materialize(jnp.stack(_output_values(*lines), 4))  # [n, rows, 4, columns, 4, O]
+    images = images.reshape(-1, _TILE * rows, _TILE * columns, images.shape[5])
+    return images[:, : geometry.rows.out, : geometry.columns.out]
 
 
-def _output_tiles(dy: jax.Array, geometry: Geometry) -> jax.Array:
-    """A dy A^T of every tile, the transpose of `_outputs`: [H', W', O] -> [16, tiles, O]."""
+def _gradient_tiles(dy: jax.Array, geometry: Geometry) -> jax.Array:
+    """A dy A^T of every tile, the transpose of `_outputs`: [n, H', W', O] -> [36, tiles, O]."""
     rows, columns = _tiles(geometry)
-    missing = ((0, 2 * rows - dy.shape[0]), (0, 2 * columns - dy.shape[1]), (0, 0))
-    dy = materialize(jnp.pad(dy, missing))
-    tile = [[dy[i::2, j::2] for j in range(2)] for i in range(2)]
-    return _stack(_along_both(tile, lambda a, b: (a, a + b, a - b, -b)))
+    missing = (_TILE * rows - dy.shape[1], _TILE * columns - dy.shape[2])
+    dy = materialize(jnp.pad(dy, ((0, 0), (0, missing[0]), (0, missing[1]), (0, 0))))
+    lines = materialize(jnp.stack(_gradient_points(*(dy[:, i::_TILE] for i in range(_TILE)))))
+    tiles = _gradient_points(*(lines[..., j::_TILE, :] for j in range(_TILE)))
+    return jnp.stack(tiles, 1).reshape(_POINTS**2, -1, dy.shape[3])
 
 
-def _along_both(
-    values: Sequence[Sequence[jax.Array]], transform: Callable[..., Sequence[jax.Array]]
-) -> list[list[jax.Array]]:
-    """Applies a transformation to the rows, then to the columns of a matrix of arrays."""
-    lines = [transform(*line) for line in values]
-    columns = [transform(*column) for column in zip(*lines, strict=True)]
-    return [list(line) for line in zip(*columns, strict=True)]
+def _along(x: jax.Array, axis: int, transform: Callable[..., Sequence[jax.Array]]) -> jax.Array:
+    """Applies a transformation along one axis."""
+    return jnp.stack(transform(*jnp.moveaxis(x, axis, 0)), axis)
 
 
-def _stack(values: Sequence[Sequence[jax.Array]]) -> jax.Array:
-    """4 x 4 arrays [rows, columns, C] -> [16, rows * columns, C]."""
-    return jnp.stack([v.reshape(-1, v.shape[-1]) for line in values for v in line])
+# The matrices for one axis, written as the sums and differences that opposite points share.
+
+
+def _kernel_points(a: jax.Array, b: jax.Array, c: jax.Array) -> tuple[jax.Array, ...]:
+    """G: three taps -> six points."""
+    even, odd = -(a + c / 2) / 1.5, -b * (_ROOT / 3)
+    far_even, far_odd = (a + 2 * c) / 6, b * (_ROOT / 6)
+    return a, even + odd, even - odd, far_even + far_odd, far_even - far_odd, c
+
+
+def _kernel_taps(*m: jax.Array) -> tuple[jax.Array, ...]:
+    """G^T: six points -> three taps."""
+    near, far = (m[1] + m[2]) / 1.5, (m[3] + m[4]) / 6
+    middle = (m[2] - m[1]) * (_ROOT / 3) + (m[3] - m[4]) * (_ROOT / 6)
+    return m[0] - near + far, middle, 2 * far - near / 2 + m[5]
+
+
+def _input_points(*d: jax.Array) -> tuple[jax.Array, ...]:
+    """B^T: six inputs -> six points."""
+    even, odd = d[4] - 2 * d[2], (_ROOT / 2) * d[3] - _ROOT * d[1]
+    far_even, far_odd = d[4] - d[2] / 2, _ROOT * d[3] - (_ROOT / 2) * d[1]
+    return (
+        d[0] - 2.5 * d[2] + d[4],
+        even + odd,
+        even - odd,
+        far_even + far_odd,
+        far_even - far_odd,
+        d[1] - 2.5 * d[3] + d[5],
+    )
+
+
+def _output_values(*m: jax.Array) -> tuple[jax.Array, ...]:
+    """A^T: six points -> four outputs."""
+    even, odd = m[1] + m[2], (_ROOT / 2) * (m[1] - m[2])
+    far_even, far_odd = m[3] + m[4], _ROOT * (m[3] - m[4])
+    return (
+        m[0] + even + far_even,
+        odd + far_odd,
+        even / 2 + 2 * far_even,
+        odd / 2 + 2 * far_odd + m[5],
+    )
+
+
+def _gradient_points(
+    a: jax.Array, b: jax.Array, c: jax.Array, d: jax.Array
+) -> tuple[jax.Array, ...]:
+    """A: four outputs' gradients -> six points."""
+    even, odd = a + c / 2, (_ROOT / 2) * (b + d / 2)
+    far_even, far_odd = a + 2 * c, _ROOT * (b + 2 * d)
+    return a, even + odd, even - odd, far_even + far_odd, far_even - far_odd, d
