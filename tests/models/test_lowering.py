@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
 from effv2_jax.models import lowering
-from effv2_jax.models.lowering import cpu_depthwise, cpu_winograd, windows
+from effv2_jax.models.lowering import cpu_dense, cpu_depthwise, cpu_winograd, windows
 from effv2_jax.models.network import create_model, init_variables
 
 # Sums of up to k * k * C (values) or N * H * W (gradients of kernels) float32 products in another
@@ -108,6 +108,31 @@ def test_every_choice_by_shape_equals_the_plain_form(channels, filters, kernel, 
         "dense", n=1, size=(64, 64), channels=channels, filters=filters, kernel=kernel
     )
     _assert_equal_forms("dense", x, weights, stride=stride)
+
+
+@pytest.mark.parametrize(
+    ("channels", "filters", "stride"),
+    [
+        (16, 24, 1),  # by a convolution with the roles swapped
+        (40, 48, 2),  # by a product for every tap
+        (3, 24, 2),  # XLA's
+    ],
+)
+def test_gradients_of_kernels_are_sums_over_a_few_images_at_a_time(
+    channels, filters, stride, monkeypatch
+):
+    sizes = []
+    for name in ("swapping", "taps", "xla"):
+        name = f"_kernel_gradient_by_{name}"
+        form = getattr(cpu_dense, name)
+        spy = functools.partial(lambda form, x, *a: sizes.append(len(x)) or form(x, *a), form)
+        monkeypatch.setattr(cpu_dense, name, spy)
+    monkeypatch.setattr(cpu_dense, "_IMAGES", 2)
+    x, weights = _operands(
+        "dense", n=5, size=(12, 12), channels=channels, filters=filters, kernel=3
+    )
+    _assert_equal_forms("dense", x, weights, stride=stride)
+    assert sizes == [2, 2, 1]
 
 
 @pytest.mark.parametrize("padding", ["SAME", "VALID", ((0, 1), (2, 0)), ((2, 2), (1, 1))])

@@ -17,6 +17,7 @@ from effv2_jax.models.lowering.geometry import Axis, Geometry
 from effv2_jax.models.lowering.windows import interleave, materialize, pad_image, sum_type, window
 
 _CHUNK = 256  # rows per product of `outer_sum`'s batched form
+_IMAGES, _PIXELS = 8, 2**17  # at most, together in the other gradients of a kernel; two at least
 
 
 def pointwise(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
@@ -80,24 +81,14 @@ def _dense_backward(
     geometry: Geometry, residuals: tuple[jax.Array, jax.Array], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = residuals
-    channels, filters = kernel.shape[2:]
     if geometry.strides == (1, 1):
         backward = kernel[::-1, ::-1].swapaxes(2, 3)
         dx = _dense(dy, backward, geometry.of_input_gradient)
-        if cpu_winograd.is_gradient_faster(x, kernel.shape, geometry):
-            dkernel = cpu_winograd.kernel_gradient(x, dy, geometry).astype(kernel.dtype)
-        else:
-            dkernel = _kernel_gradient_by_swapping(x, dy, kernel, geometry)
-        return dx, dkernel
-    if channels < 32:
+    elif kernel.shape[2] < 32:
         dx = _input_gradient_by_phases(dy, kernel, geometry)
     else:
         dx = _plain_gradient(x, kernel, geometry, dy, of=0)
-    if filters <= 32 or channels <= 16:
-        dkernel = _plain_gradient(x, kernel, geometry, dy, of=1)
-    else:
-        dkernel = _kernel_gradient_by_taps(x, dy, kernel, geometry)
-    return dx, dkernel
+    return dx, _kernel_gradient(x, dy, kernel, geometry).astype(kernel.dtype)
 
 
 _dense.defvjp(_dense_forward, _dense_backward)
@@ -148,6 +139,32 @@ def _phase_window(axis: Axis, phase: int) -> tuple[tuple[int, int], slice]:
     return (-first_offset, last_offset + axis.phase_length - axis.out), reversed_taps
 
 
+def _kernel_gradient(
+    x: jax.Array, dy: jax.Array, kernel: jax.Array, geometry: Geometry
+) -> jax.Array:
+    """By the form that is fastest for the shape."""
+    channels, filters = kernel.shape[2:]
+    if cpu_winograd.is_gradient_faster(x, kernel.shape, geometry):
+        return cpu_winograd.kernel_gradient(x, dy, geometry)
+    if geometry.strides == (1, 1):
+        form = _kernel_gradient_by_swapping
+    elif filters <= 32 or channels <= 16:
+        form = _kernel_gradient_by_xla
+    else:
+        form = _kernel_gradient_by_taps
+    # These take more time per image the more images there are, as they leave the caches. Unrolled,
+    # since XLA's fast convolution does not take their shapes inside a loop.
+    few = max(2, min(_IMAGES, _PIXELS // (x.shape[1] * x.shape[2])))
+    parts = [slice(start, start + few) for start in range(0, x.shape[0], few)]
+    return functools.reduce(jnp.add, (form(x[part], dy[part], kernel, geometry) for part in parts))
+
+
+def _kernel_gradient_by_xla(
+    x: jax.Array, dy: jax.Array, kernel: jax.Array, geometry: Geometry
+) -> jax.Array:
+    return _plain_gradient(x, kernel, geometry, dy, of=1)
+
+
 def _kernel_gradient_by_swapping(
     x: jax.Array, dy: jax.Array, kernel: jax.Array, geometry: Geometry
 ) -> jax.Array:
@@ -164,7 +181,7 @@ def _kernel_gradient_by_swapping(
         dimension_numbers=("CHWN", "IHWO", "HWNC"),
         preferred_element_type=sum_type(x),
     )  # [k, k, O, C]
-    return reversed_taps[::-1, ::-1].swapaxes(2, 3).astype(kernel.dtype)
+    return reversed_taps[::-1, ::-1].swapaxes(2, 3)
 
 
 def _kernel_gradient_by_taps(
@@ -178,7 +195,7 @@ def _kernel_gradient_by_taps(
         for i in range(geometry.rows.kernel)
         for j in range(geometry.columns.kernel)
     ]
-    return jnp.stack(gradient).reshape(kernel.shape).astype(kernel.dtype)
+    return jnp.stack(gradient).reshape(kernel.shape)
 
 
 def outer_sum(x: jax.Array, dy: jax.Array) -> jax.Array:
