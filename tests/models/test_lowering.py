@@ -127,7 +127,7 @@ def test_gradients_of_kernels_are_sums_over_a_few_images_at_a_time(
         form = getattr(cpu_dense, name)
         spy = functools.partial(lambda form, x, *a: sizes.append(len(x)) or form(x, *a), form)
         monkeypatch.setattr(cpu_dense, name, spy)
-    monkeypatch.setattr(cpu_dense, "_IMAGES", 2)
+    monkeypatch.setattr(cpu_dense, "_IMAGES", (2,))
     x, weights = _operands(
         "dense", n=5, size=(12, 12), channels=channels, filters=filters, kernel=3
     )

@@ -17,7 +17,9 @@ from effv2_jax.models.lowering.geometry import Axis, Geometry
 from effv2_jax.models.lowering.windows import interleave, materialize, pad_image, sum_type, window
 
 _CHUNK = 256  # rows per product of `outer_sum`'s batched form
-_IMAGES, _PIXELS = 8, 2**17  # at most, together in the other gradients of a kernel; two at least
+# Images together in the other gradients of a kernel: the first that have no more pixels, or the
+# last. They stand in the place of channels, which XLA's fast convolution takes in fours.
+_IMAGES, _PIXELS = (8, 4, 2), 2**17
 
 
 def pointwise(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
@@ -154,7 +156,7 @@ def _kernel_gradient(
         form = _kernel_gradient_by_taps
     # These take more time per image the more images there are, as they leave the caches. Unrolled,
     # since XLA's fast convolution does not take their shapes inside a loop.
-    few = max(2, min(_IMAGES, _PIXELS // (x.shape[1] * x.shape[2])))
+    few = next(n for n in _IMAGES if n * x.shape[1] * x.shape[2] <= _PIXELS or n == _IMAGES[-1])
     parts = [slice(start, start + few) for start in range(0, x.shape[0], few)]
     return functools.reduce(jnp.add, (form(x[part], dy[part], kernel, geometry) for part in parts))
 
