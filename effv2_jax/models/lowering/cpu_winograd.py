@@ -4,9 +4,9 @@ Winograd's F(4x4, 3x3), as Lavin and Gray wrote it down for networks (arXiv:1509
 tile is A^T [(G g G^T) * (B^T d B)] A, with d the 6x6 inputs that it sees. Sums over channels are
 made between the transformations, so they are 36 matrix products for a few images.
 
-The matrices evaluate polynomials at a few points. With those of the paper, 0, 1, -1, 2 and -2,
-results round four times as much as the direct convolution's; with 0, +-1/sqrt(2) and +-sqrt(2),
-whose powers are balanced, twice (Barabasz et al., arXiv:1803.10986, look for such points).
+The matrices evaluate polynomials at a few points. At 0, +-1/sqrt(2) and +-sqrt(2), whose powers
+are balanced, results round two or three times as much as the direct convolution's; at those of the
+paper, 0, +-1 and +-2, twice as much again (Barabasz et al., arXiv:1803.10986, look for points).
 
 The tiles are 2.25 times the input and the output in size. A few images at a time they stay in the
 caches, where writing and reading them costs less than is saved unless the channels are few.
