@@ -144,7 +144,7 @@ def _phase_window(axis: Axis, phase: int) -> tuple[tuple[int, int], slice]:
 def _kernel_gradient(
     x: jax.Array, dy: jax.Array, kernel: jax.Array, geometry: Geometry
 ) -> jax.Array:
-    """By the form that is fastest for the shape."""
+    """Gradient of the kernel, [k, k, C, O], by the form that is fastest for the shape."""
     channels, filters = kernel.shape[2:]
     if cpu_winograd.is_gradient_faster(x, kernel.shape, geometry):
         return cpu_winograd.kernel_gradient(x, dy, geometry)
