@@ -17,6 +17,7 @@ from effv2_jax.models.lowering.geometry import Axis, Geometry
 from effv2_jax.models.lowering.windows import interleave, materialize, pad_image, sum_type, window
 
 _CHUNK = 256  # rows per product of `outer_sum`'s batched form
+_FEW_ROWS = 200  # a sum over fewer takes less time than the transposition of its result
 # Images together in the other gradients of a kernel: the first that have no more pixels, or the
 # last. They stand in the place of channels, which XLA's fast convolution takes in fours.
 _IMAGES, _PIXELS = (8, 4, 2), 2**17
@@ -212,7 +213,7 @@ def outer_sum(x: jax.Array, dy: jax.Array) -> jax.Array:
     """
     rows, channels = x.shape
     filters = dy.shape[1]
-    if channels > filters:
+    if channels > filters and rows >= _FEW_ROWS:
         # Materialised, or XLA folds the transposition back into the product.
         return materialize(outer_sum(dy, x)).T
     wide = sum_type(x)
