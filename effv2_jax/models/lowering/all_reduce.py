@@ -18,7 +18,8 @@ def psum(
     """`jax.lax.psum`, with small arrays joined to one; the sums are the same to the last bit.
 
     On CPUs the devices wait for each other at every array of an all-reduce, even where one
-    instruction takes them all: a thread goes to sleep and is woken again each time.
+    instruction takes them all: a thread goes to sleep and is woken again each time. One device
+    alone would copy every array.
 
     Args:
         tree: arrays of any shapes and types.
@@ -29,10 +30,12 @@ def psum(
     Returns:
         The sums, shapes and types as in `tree`.
     """
+    if _devices(axis_name, axis_index_groups) == 1:
+        return tree
     leaves, structure = jax.tree.flatten(tree)
     small: dict[Any, list[int]] = {}
     for i, leaf in enumerate(leaves):
-        if leaf.nbytes <= joined_bytes and lax.axis_size(axis_name) > 1:
+        if leaf.nbytes <= joined_bytes:
             small.setdefault(leaf.dtype, []).append(i)
     alone = sorted(set(range(len(leaves))).difference(*small.values()))
     messages = [jnp.concatenate([leaves[i].ravel() for i in group]) for group in small.values()]
@@ -56,6 +59,11 @@ def pmean(
 ) -> Any:
     """`jax.lax.pmean`, with small arrays joined to one; arguments as those of `psum`."""
     groups = axis_index_groups
-    devices = len(groups[0]) if groups else lax.axis_size(axis_name)
     sums = psum(tree, axis_name, joined_bytes=joined_bytes, axis_index_groups=groups)
+    devices = _devices(axis_name, groups)
     return jax.tree.map(lambda total: total / devices, sums)
+
+
+def _devices(axis_name: str, groups: list[list[int]] | None) -> int:
+    """How many devices a sum goes over."""
+    return len(groups[0]) if groups else lax.axis_size(axis_name)

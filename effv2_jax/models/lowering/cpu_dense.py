@@ -85,7 +85,8 @@ def _dense_backward(
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = residuals
     if geometry.strides == (1, 1):
-        backward = kernel[::-1, ::-1].swapaxes(2, 3)
+        # Materialised, or each form computes the transposition, which is slow, several times.
+        backward = materialize(kernel[::-1, ::-1].swapaxes(2, 3))
         dx = _dense(dy, backward, geometry.of_input_gradient)
     elif kernel.shape[2] < 32:
         dx = _input_gradient_by_phases(dy, kernel, geometry)
