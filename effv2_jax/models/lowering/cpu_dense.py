@@ -85,7 +85,7 @@ def _dense_backward(
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = residuals
     if geometry.strides == (1, 1):
-        # Materialised, or each form computes the transposition, which is slow, several times.
+        # Materialised, or Winograd's form transposes, which is slow, once for each of its points.
         backward = materialize(kernel[::-1, ::-1].swapaxes(2, 3))
         dx = _dense(dy, backward, geometry.of_input_gradient)
     elif kernel.shape[2] < 32:
