@@ -14,6 +14,8 @@ from jax.sharding import PartitionSpec
 
 from effv2_jax.models import lowering
 from effv2_jax.models.lowering import cpu_dense, cpu_depthwise, cpu_winograd, windows
+from effv2_jax.models.lowering.bands import Bands
+from effv2_jax.models.lowering.geometry import make_geometry
 from effv2_jax.models.network import create_model, init_variables
 
 # Sums of up to k * k * C (values) or N * H * W (gradients of kernels) float32 products in another
@@ -93,14 +95,11 @@ def test_any_geometry_equals_the_plain_form(kind, kernel, stride, height, width,
         (8, 12, 1, 1),  # gradient of the kernel in chunks of rows
         (100, 104, 1, 1),  # as one product
         (100, 8, 1, 1),  # of the transposed kernel
-        (16, 24, 3, 1),  # by a convolution with the roles swapped
         (24, 48, 3, 1),  # everything by Winograd's transformations
-        (32, 40, 3, 1),  # the gradient of the kernel not
-        (24, 24, 3, 1),  # only that
-        (40, 48, 3, 2),  # by a product for every tap; the gradient of the input is XLA's
-        (40, 33, 3, 2),  # the same, transposed
+        (24, 24, 3, 1),  # only the gradient of the kernel
+        (40, 48, 3, 2),  # by products of patches; the gradient of the input is XLA's
         (20, 40, 3, 2),  # the gradient of the input by phases
-        (3, 24, 3, 2),  # the stem: a fourth channel of zeros; the gradient is XLA's
+        (3, 24, 3, 2),  # the stem: a fourth channel of zeros
     ],
 )
 def test_every_choice_by_shape_equals_the_plain_form(channels, filters, kernel, stride):
@@ -110,29 +109,29 @@ def test_every_choice_by_shape_equals_the_plain_form(channels, filters, kernel, 
     _assert_equal_forms("dense", x, weights, stride=stride)
 
 
-@pytest.mark.parametrize(
-    ("channels", "filters", "stride"),
-    [
-        (16, 24, 1),  # by a convolution with the roles swapped
-        (40, 48, 2),  # by a product for every tap
-        (3, 24, 2),  # XLA's
-    ],
-)
-def test_gradients_of_kernels_are_sums_over_a_few_images_at_a_time(
-    channels, filters, stride, monkeypatch
-):
-    sizes = []
-    for name in ("swapping", "taps", "xla"):
-        name = f"_kernel_gradient_by_{name}"
-        form = getattr(cpu_dense, name)
-        spy = functools.partial(lambda form, x, *a: sizes.append(len(x)) or form(x, *a), form)
-        monkeypatch.setattr(cpu_dense, name, spy)
-    monkeypatch.setattr(cpu_dense, "_IMAGES", (2,))
-    x, weights = _operands(
-        "dense", n=5, size=(12, 12), channels=channels, filters=filters, kernel=3
-    )
-    _assert_equal_forms("dense", x, weights, stride=stride)
-    assert sizes == [2, 2, 1]
+@pytest.mark.parametrize("size", [(40, 24), (33, 21), (12, 12)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_bands_of_any_size_give_the_same_numbers(stride, size, monkeypatch):
+    """Several bands of an image, the last of them not full, or several images in one."""
+    for pixels in (60, 130, 400):
+        monkeypatch.setattr(cpu_dense, "_PATCHES", pixels)
+        monkeypatch.setattr(cpu_winograd, "_CONVOLUTION_TILES", pixels // 16)
+        monkeypatch.setattr(cpu_winograd, "_GRADIENT_TILES", pixels // 8)
+        x, weights = _operands("dense", n=3, size=size, channels=32, filters=32, kernel=3)
+        _assert_equal_forms("dense", x, weights, stride=stride)
+
+
+def test_bands_cover_every_output_once_or_again():
+    geometry = make_geometry((6, 75, 75, 8), (3, 3, 8, 8), stride=1, padding="SAME")
+    apart = Bands(6, geometry, pixels=1200, unit=4)
+    assert (apart.images, apart.rows, apart.columns, apart.count) == (1, 20, 76, 24)
+    outputs = jnp.zeros((6, 75, 75, 8))
+    assert apart.pad_output(outputs).shape == (6, 80, 76, 8)  # zeros where the last is outside
+    overlapping = Bands(6, geometry, pixels=1200, unit=4, overlap=True)
+    assert overlapping.count == 24
+    assert overlapping.pad_output(outputs).shape == (6, 75, 76, 8)  # the last starts earlier
+    together = Bands(6, geometry, pixels=18000)
+    assert (together.images, together.rows, together.count) == (3, 75, 2)
 
 
 @pytest.mark.parametrize("padding", ["SAME", "VALID", ((0, 1), (2, 0)), ((2, 2), (1, 1))])

@@ -13,14 +13,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from effv2_jax.models.lowering import cpu_winograd, plain
+from effv2_jax.models.lowering.bands import Bands
 from effv2_jax.models.lowering.geometry import Axis, Geometry
-from effv2_jax.models.lowering.windows import interleave, materialize, pad_image, sum_type, window
+from effv2_jax.models.lowering.windows import interleave, materialize, sum_type
 
 _CHUNK = 256  # rows per product of `outer_sum`'s batched form
 _FEW_ROWS = 200  # a sum over fewer takes less time than the transposition of its result
-# Images together in the other gradients of a kernel: the first that have no more pixels, or the
-# last. They stand in the place of channels, which XLA's fast convolution takes in fours.
-_IMAGES, _PIXELS = (8, 4, 2), 2**17
+_PATCHES = 512  # of outputs whose inputs are put side by side at a time
 
 
 def pointwise(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
@@ -91,19 +90,19 @@ def _dense_backward(
     elif kernel.shape[2] < 32:
         dx = _input_gradient_by_phases(dy, kernel, geometry)
     else:
-        dx = _plain_gradient(x, kernel, geometry, dy, of=0)
+        dx = _plain_input_gradient(x, kernel, geometry, dy)
     return dx, _kernel_gradient(x, dy, kernel, geometry).astype(kernel.dtype)
 
 
 _dense.defvjp(_dense_forward, _dense_backward)
 
 
-def _plain_gradient(
-    x: jax.Array, kernel: jax.Array, geometry: Geometry, dy: jax.Array, *, of: int
+def _plain_input_gradient(
+    x: jax.Array, kernel: jax.Array, geometry: Geometry, dy: jax.Array
 ) -> jax.Array:
-    """XLA's own gradient with respect to the input (of=0) or the kernel (of=1)."""
-    _, pull_back = jax.vjp(functools.partial(plain.dense, geometry=geometry), x, kernel)
-    return pull_back(dy)[of]
+    """XLA's own gradient with respect to the input."""
+    _, pull_back = jax.vjp(lambda x: plain.dense(x, kernel, geometry), x)
+    return pull_back(dy)[0]
 
 
 def _input_gradient_by_phases(dy: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
@@ -147,59 +146,39 @@ def _kernel_gradient(
     x: jax.Array, dy: jax.Array, kernel: jax.Array, geometry: Geometry
 ) -> jax.Array:
     """Gradient of the kernel, [k, k, C, O], by the form that is fastest for the shape."""
-    channels, filters = kernel.shape[2:]
-    if cpu_winograd.is_gradient_faster(x, kernel.shape, geometry):
+    if cpu_winograd.applies(x, geometry):
         return cpu_winograd.kernel_gradient(x, dy, geometry)
-    if geometry.strides == (1, 1):
-        form = _kernel_gradient_by_swapping
-    elif filters <= 32 or channels <= 16:
-        form = _kernel_gradient_by_xla
-    else:
-        form = _kernel_gradient_by_taps
-    # These take more time per image the more images there are, as they leave the caches. Unrolled,
-    # since XLA's fast convolution does not take their shapes inside a loop.
-    few = next(n for n in _IMAGES if n * x.shape[1] * x.shape[2] <= _PIXELS or n == _IMAGES[-1])
-    parts = [slice(start, start + few) for start in range(0, x.shape[0], few)]
-    return functools.reduce(jnp.add, (form(x[part], dy[part], kernel, geometry) for part in parts))
+    return _kernel_gradient_by_patches(x, dy, kernel, geometry)
 
 
-def _kernel_gradient_by_xla(
+def _kernel_gradient_by_patches(
     x: jax.Array, dy: jax.Array, kernel: jax.Array, geometry: Geometry
 ) -> jax.Array:
-    return _plain_gradient(x, kernel, geometry, dy, of=1)
+    """A product of dy and the patches of the input that its pixels see, for a few pixels a time."""
+    rows, columns = geometry.rows, geometry.columns
+    bands = Bands(x.shape[0], geometry, pixels=_PATCHES)
+    padded, padded_dy = bands.pad_input(x), bands.pad_output(dy)
+    height = rows.stride * (bands.rows - 1) + 1
+    width = columns.stride * (bands.columns - 1) + 1
+    wide = sum_type(x)
 
+    def add_band(band: jax.Array, total: jax.Array) -> jax.Array:
+        seen = bands.input(padded, band)
+        windows = [
+            seen[:, i : i + height : rows.stride, j : j + width : columns.stride]
+            for i in range(rows.kernel)
+            for j in range(columns.kernel)
+        ]
+        patches = lax.optimization_barrier(jnp.concatenate(windows, 3))
+        return total + lax.dot_general(
+            _pixels(bands.output(padded_dy, band)),
+            _pixels(patches),
+            (((0,), (0,)), ((), ())),
+            preferred_element_type=wide,
+        )
 
-def _kernel_gradient_by_swapping(
-    x: jax.Array, dy: jax.Array, kernel: jax.Array, geometry: Geometry
-) -> jax.Array:
-    """The convolution of dy with x as its kernel, channels in the place of the examples; stride 1.
-
-    XLA's own gradient convolves x with dy: the same sum with the two in each other's place, equally
-    fast or up to 1.7 times slower, depending on which of them has how many channels.
-    """
-    reversed_taps = lax.conv_general_dilated(
-        dy,
-        x,
-        (1, 1),
-        geometry.of_input_gradient.padding,
-        dimension_numbers=("CHWN", "IHWO", "HWNC"),
-        preferred_element_type=sum_type(x),
-    )  # [k, k, O, C]
-    return reversed_taps[::-1, ::-1].swapaxes(2, 3)
-
-
-def _kernel_gradient_by_taps(
-    x: jax.Array, dy: jax.Array, kernel: jax.Array, geometry: Geometry
-) -> jax.Array:
-    """A matrix product for every tap: its window of the input against dy."""
-    padded = pad_image(x, geometry.padding)
-    pixels = _pixels(dy)
-    gradient = [
-        outer_sum(_pixels(window(padded, geometry, i, j)), pixels)
-        for i in range(geometry.rows.kernel)
-        for j in range(geometry.columns.kernel)
-    ]
-    return jnp.stack(gradient).reshape(kernel.shape)
+    start = jnp.zeros((dy.shape[3], rows.kernel * columns.kernel * x.shape[3]), wide)
+    return lax.fori_loop(0, bands.count, add_band, start).T.reshape(kernel.shape)
 
 
 def outer_sum(x: jax.Array, dy: jax.Array) -> jax.Array:

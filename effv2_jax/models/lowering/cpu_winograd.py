@@ -8,8 +8,8 @@ The matrices evaluate polynomials at a few points. At 0, +-1/sqrt(2) and +-sqrt(
 are balanced, results round two or three times as much as the direct convolution's; at those of the
 paper, 0, +-1 and +-2, twice as much again (Barabasz et al., arXiv:1803.10986, look for points).
 
-The tiles are 2.25 times the input and the output in size. A few images at a time they stay in the
-caches, where writing and reading them costs less than is saved unless the channels are few.
+The tiles are 2.25 times the input and the output in size. A few rows of an image at a time stay in
+the caches, where writing and reading them costs less than is saved unless the channels are few.
 """
 
 import math
@@ -19,32 +19,20 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from effv2_jax.models.lowering.bands import Bands
 from effv2_jax.models.lowering.geometry import Geometry
-from effv2_jax.models.lowering.windows import materialize
 
 _TILE = 4  # outputs of a tile along each axis
 _POINTS = _TILE + 2  # inputs of a tile along each axis, and products
-# Tiles that make a matrix product long enough, measured: rows of it, or the terms of its sums.
-_CONVOLUTION_TILES = 32
-_GRADIENT_TILES = 128
+# Tiles at a time, measured: enough for a matrix product, of rows of it or terms of its sums, and as
+# few as the caches hold.
+_CONVOLUTION_TILES = 36
+_GRADIENT_TILES = 72
 _ROOT = math.sqrt(2)
 
 
-def is_faster(x: jax.Array, kernel_shape: Sequence[int], geometry: Geometry) -> bool:
-    """Whether `convolve` is faster than XLA's convolution (measured in `docs/performance.md`).
-
-    With 24 channels and filters it is not, with 32 and 32 it is.
-    """
-    return _applies(x, geometry) and kernel_shape[2] * kernel_shape[3] >= 1024
-
-
-def is_gradient_faster(x: jax.Array, kernel_shape: Sequence[int], geometry: Geometry) -> bool:
-    """Whether `kernel_gradient` is faster than the other forms of it."""
-    channels, filters = kernel_shape[2:]
-    return _applies(x, geometry) and (filters >= 2 * channels or channels % 16 > 0)
-
-
-def _applies(x: jax.Array, geometry: Geometry) -> bool:
+def applies(x: jax.Array, geometry: Geometry) -> bool:
+    """Whether the forms here can be used, and for the gradient of the kernel are the fastest."""
     return (
         x.dtype == jnp.float32  # narrower types would round the transformed values
         and geometry.strides == (1, 1)
@@ -52,82 +40,74 @@ def _applies(x: jax.Array, geometry: Geometry) -> bool:
     )
 
 
+def is_faster(x: jax.Array, kernel_shape: Sequence[int], geometry: Geometry) -> bool:
+    """Whether `convolve` is faster than XLA's convolution (measured in `docs/performance.md`).
+
+    With 24 channels and filters it is not, with 32 and 32 it is.
+    """
+    return applies(x, geometry) and kernel_shape[2] * kernel_shape[3] >= 1024
+
+
 def convolve(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
     """Convolution of x [N, H, W, C] with kernel [3, 3, C, O] at stride 1: [N, H', W', O]."""
     transformed = _along(_along(kernel, 0, _kernel_points), 1, _kernel_points)
     transformed = transformed.reshape(_POINTS**2, *kernel.shape[2:])
+    pixels = _CONVOLUTION_TILES * _TILE**2
+    bands = Bands(x.shape[0], geometry, pixels=pixels, unit=_TILE, overlap=True)
+    padded = bands.pad_input(x)
 
-    def convolve_images(images: jax.Array) -> jax.Array:
+    def add_band(i: int, y: jax.Array) -> jax.Array:
         products = lax.dot_general(
-            _input_tiles(images, geometry), transformed, (((2,), (1,)), ((0,), (0,)))
+            _input_tiles(bands.input(padded, i)), transformed, (((2,), (1,)), ((0,), (0,)))
         )
-        return _outputs(products, geometry)
+        return bands.write(y, _outputs(products, bands), i)
 
-    y = lax.map(convolve_images, _split(x, geometry, _CONVOLUTION_TILES))
-    return y.reshape(-1, *y.shape[2:])
+    y = jnp.zeros((x.shape[0], geometry.rows.out, geometry.columns.out, kernel.shape[3]), x.dtype)
+    return lax.fori_loop(0, bands.count, add_band, y)
 
 
 def kernel_gradient(x: jax.Array, dy: jax.Array, geometry: Geometry) -> jax.Array:
     """Gradient of `convolve` with respect to its kernel, from dy [N, H', W', O]: [3, 3, C, O]."""
+    bands = Bands(x.shape[0], geometry, pixels=_GRADIENT_TILES * _TILE**2, unit=_TILE)
+    padded, padded_dy = bands.pad_input(x), bands.pad_output(dy)
 
-    def add_images(total: jax.Array, images: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        tiles, gradients = _input_tiles(images[0], geometry), _gradient_tiles(images[1], geometry)
-        return total + lax.dot_general(tiles, gradients, (((1,), (1,)), ((0,), (0,)))), None
+    def add_band(i: int, total: jax.Array) -> jax.Array:
+        tiles = _input_tiles(bands.input(padded, i))
+        gradients = _gradient_tiles(bands.output(padded_dy, i))
+        return total + lax.dot_general(tiles, gradients, (((1,), (1,)), ((0,), (0,))))
 
     channels, filters = x.shape[3], dy.shape[3]
     start = jnp.zeros((_POINTS**2, channels, filters), x.dtype)
-    images = tuple(_split(v, geometry, _GRADIENT_TILES) for v in (x, dy))
-    total, _ = lax.scan(add_images, start, images)
+    total = lax.fori_loop(0, bands.count, add_band, start)
     total = total.reshape(_POINTS, _POINTS, channels, filters)
     return _along(_along(total, 0, _kernel_taps), 1, _kernel_taps)
 
 
-def _tiles(geometry: Geometry) -> tuple[int, int]:
-    """Rows and columns of tiles; the last of an axis may be partly outside."""
-    return -(-geometry.rows.out // _TILE), -(-geometry.columns.out // _TILE)
-
-
-def _split(x: jax.Array, geometry: Geometry, tiles: int) -> jax.Array:
-    """[N, ...] -> [N / n, n, ...] with the images together that have at least so many tiles."""
-    wanted = -(-tiles // math.prod(_tiles(geometry)))
-    together = max(n for n in range(1, wanted + 1) if x.shape[0] % n == 0)
-    return x.reshape(-1, together, *x.shape[1:])
-
-
-def _input_tiles(images: jax.Array, geometry: Geometry) -> jax.Array:
-    """B^T d B of every tile: images [n, H, W, C] -> [36, tiles, C]."""
-    rows, columns = _tiles(geometry)
-    (top, _), (left, _) = geometry.padding
-    bottom, right = (
-        _TILE * tiles + 2 - size - low
-        for tiles, size, low in zip((rows, columns), images.shape[1:], (top, left), strict=False)
-    )
-    padded = materialize(jnp.pad(images, ((0, 0), (top, bottom), (left, right), (0, 0))))
-    height, width = _TILE * (rows - 1) + 1, _TILE * (columns - 1) + 1
-    # Materialised, or XLA computes each line again for every value that it is part of.
-    lines = materialize(
-        jnp.stack(_input_points(*(padded[:, i : i + height : _TILE] for i in range(_POINTS))))
+def _input_tiles(images: jax.Array) -> jax.Array:
+    """B^T d B of every tile: images [n, 4 * rows + 2, 4 * columns + 2, C] -> [36, tiles, C]."""
+    height, width = (size - _POINTS + 1 for size in images.shape[1:3])
+    # Stored, or XLA computes each line again for every value that it is part of.
+    lines = lax.optimization_barrier(
+        jnp.stack(_input_points(*(images[:, i : i + height : _TILE] for i in range(_POINTS))))
     )
     tiles = _input_points(*(lines[..., j : j + width : _TILE, :] for j in range(_POINTS)))
     return jnp.stack(tiles, 1).reshape(_POINTS**2, -1, images.shape[3])
 
 
-def _outputs(products: jax.Array, geometry: Geometry) -> jax.Array:
-    """A^T m A of every tile, put together: [36, tiles, O] -> [n, H', W', O]."""
-    rows, columns = _tiles(geometry)
+def _outputs(products: jax.Array, bands: Bands) -> jax.Array:
+    """A^T m A of every tile, put together: [36, tiles, O] -> [n, 4 * rows, 4 * columns, O]."""
+    rows, columns = bands.rows // _TILE, bands.columns // _TILE
     products = products.reshape(_POINTS, _POINTS, -1, rows, columns, products.shape[2])
-    lines = materialize(jnp.stack(_output_values(*products), 3))
-    images = materialize(jnp.stack(_output_values(*lines), 4))  # [n, rows, 4, columns, 4, O]
-    images = images.reshape(-1, _TILE * rows, _TILE * columns, images.shape[5])
-    return images[:, : geometry.rows.out, : geometry.columns.out]
+    lines = lax.optimization_barrier(jnp.stack(_output_values(*products), 3))
+    images = jnp.stack(_output_values(*lines), 4)  # [n, rows, 4, columns, 4, O]
+    return images.reshape(-1, _TILE * rows, _TILE * columns, images.shape[5])
 
 
-def _gradient_tiles(dy: jax.Array, geometry: Geometry) -> jax.Array:
-    """A dy A^T of every tile, the transpose of `_outputs`: [n, H', W', O] -> [36, tiles, O]."""
-    rows, columns = _tiles(geometry)
-    missing = (_TILE * rows - dy.shape[1], _TILE * columns - dy.shape[2])
-    dy = materialize(jnp.pad(dy, ((0, 0), (0, missing[0]), (0, missing[1]), (0, 0))))
-    lines = materialize(jnp.stack(_gradient_points(*(dy[:, i::_TILE] for i in range(_TILE)))))
+def _gradient_tiles(dy: jax.Array) -> jax.Array:
+    """A dy A^T of every tile, the transpose of `_outputs`: [n, 4r, 4c, O] -> [36, tiles, O]."""
+    lines = lax.optimization_barrier(
+        jnp.stack(_gradient_points(*(dy[:, i::_TILE] for i in range(_TILE))))
+    )
     tiles = _gradient_points(*(lines[..., j::_TILE, :] for j in range(_TILE)))
     return jnp.stack(tiles, 1).reshape(_POINTS**2, -1, dy.shape[3])
 
