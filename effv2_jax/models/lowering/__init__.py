@@ -17,6 +17,7 @@ import jax
 from effv2_jax.models.lowering import cpu_dense, cpu_depthwise, gpu_dense, gpu_norm, plain
 from effv2_jax.models.lowering.geometry import Geometry, Padding, make_geometry
 from effv2_jax.models.lowering.gpu_norm import Norm
+from effv2_jax.models.lowering.windows import materialize
 
 __all__ = ["IMPLEMENTATIONS", "TABLE", "Lowering", "Norm", "choose", "conv2d", "depthwise_conv2d"]
 
@@ -69,14 +70,34 @@ class Lowering:
         return few if 2 * few > most else count
 
 
+def _stored_activation(function: _Function) -> _Function:
+    """The activation, computed once for all that read it, and again in the backward pass.
+
+    The sigmoid of silu is not kept for the backward pass: that costs as much time, a pass that
+    writes nothing else, and the memory of another activation. The result is stored: XLA would
+    compute it once for the next convolution and again for the gradient of its kernel, with the
+    sigmoid stored between the two.
+    """
+    recomputed = jax.checkpoint(function)
+
+    @jax.custom_vjp
+    def stored(x: jax.Array) -> jax.Array:
+        return materialize(recomputed(x))
+
+    def forward(x: jax.Array) -> tuple[jax.Array, _Function]:
+        y, pull_back = jax.vjp(recomputed, x)
+        return materialize(y), pull_back
+
+    stored.defvjp(forward, lambda pull_back, dy: pull_back(dy))
+    return stored
+
+
 _PLAIN = Lowering(dense=plain.dense, pointwise=plain.dense, depthwise=plain.depthwise)
 _CPU = Lowering(
     dense=cpu_dense.dense,
     pointwise=cpu_dense.pointwise,
     depthwise=cpu_depthwise.depthwise,
-    # The sigmoid of silu is computed again in the backward pass: to keep it costs as much time, a
-    # pass that writes nothing else, and the memory of another activation.
-    activation=jax.checkpoint,
+    activation=_stored_activation,
     # The maps of a few images stay in the caches from one layer to the next, those of a batch do
     # not: 4 images of 224 px measure best, or as many pixels (docs/performance.md).
     pixels_at_once=4 * 224 * 224,
