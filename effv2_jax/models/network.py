@@ -7,7 +7,9 @@ import dataclasses
 import difflib
 import functools
 import hashlib
-from collections.abc import Callable, Mapping
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import chex
@@ -145,6 +147,7 @@ class EfficientNet(nn.Module):
         dropout_rate: Rate = None,
         survival_prob: Rate = None,
         endpoints: bool = False,
+        only: range | None = None,
     ) -> Array | tuple[Array, dict[str, Array]]:
         """Applies the network.
 
@@ -156,6 +159,8 @@ class EfficientNet(nn.Module):
           dropout_rate: instead of the model's; may be traced. Used in training only.
           survival_prob: of the last block, instead of the model's; may be traced. 0 or 1: off.
           endpoints: also return the inner tensors.
+          only: the layers to apply, to what the layer before them gave: the stem is 0, the
+            blocks follow, the head with all behind it is the last. None: all.
 
         Returns:
           logits [N, num_classes] float32, or with num_classes=0 pooled features [N, head_channels]
@@ -175,12 +180,17 @@ class EfficientNet(nn.Module):
         ends = {}
 
         outer = {key: parts[key] for key in ("conv", "norm", "activation")}
-        stem = Stem(self.stem_channels, name="stem", **outer)
-        x = stem(images.astype(self.dtype), train)
-        ends["stem"] = x
+        x = images
+        only = range(len(specs) + 2) if only is None else only
+        if 0 in only:
+            stem = Stem(self.stem_channels, name="stem", **outer)
+            x = stem(x.astype(self.dtype), train)
+            ends["stem"] = x
 
         reductions = 0
         for i, spec in enumerate(specs):
+            if i + 1 not in only:
+                continue
             cls = block_modules.FusedMBConv if spec.fused else block_modules.MBConv
             if self.remat:
                 cls = nn.remat(cls, static_argnums=(2,))
@@ -197,6 +207,8 @@ class EfficientNet(nn.Module):
                 ends[name] = x
                 ends[f"{name}/expansion_output"] = expansion
         ends["features"] = x
+        if len(specs) + 1 not in only:
+            return (x, ends) if endpoints else x
 
         head = Head(self.head_channels, name="head", **outer)
         x = head(x, train)
@@ -331,12 +343,28 @@ def infer(model: EfficientNet, variables: Mapping[str, Any], images: Array) -> A
     Returns:
       What `model.apply(variables, images)` does, to rounding.
     """
-    few = lowering.choose(model.lowering).images_at_once(images.shape)
-    if few == images.shape[0]:
-        return model.apply(variables, images)
-    groups = images.reshape(-1, few, *images.shape[1:])
-    outputs = jax.lax.map(lambda group: model.apply(variables, group), groups)
-    return outputs.reshape(-1, *outputs.shape[2:])
+    count, *size = images.shape[:3]
+    at_once = lowering.choose(model.lowering).images_at_once
+    few = [at_once(count, pixels) for pixels in _pixels_of_layers(model, size)]
+    x, first = images, 0
+    for together, group in itertools.groupby(few):
+        only = range(first, first + len(list(group)))
+        first = only.stop
+        apply = functools.partial(model.apply, variables, only=only)
+        if together == count:
+            x = apply(x)
+        else:
+            groups = x.reshape(-1, together, *x.shape[1:])
+            x = jax.lax.map(apply, groups)
+            x = x.reshape(count, *x.shape[2:])
+    return x
+
+
+def _pixels_of_layers(model: EfficientNet, size: Sequence[int]) -> Iterator[int]:
+    """Pixels of the inputs of stem, blocks and head, for images of this size."""
+    for stride in (2, *(spec.stride for spec in model.block_specs), 1):
+        yield math.prod(size)
+        size = [-(-side // stride) for side in size]
 
 
 def _check(model: EfficientNet) -> None:

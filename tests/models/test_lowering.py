@@ -267,13 +267,13 @@ def test_the_table_decides_by_backend(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("size", "count", "at_once"),
-    [(128, 32, 8), (192, 16, 4), (192, 7, 7), (192, 4, 4), (224, 6, 3), (300, 16, 2), (300, 3, 3)]
-    + [(480, 8, 2), (480, 1, 1), (480, 0, 0), (32, 64, 64)],
+    ("side", "count", "at_once"),
+    [(192, 8, 1), (24, 8, 1), (16, 32, 4), (12, 16, 4), (12, 32, 4), (12, 24, 6), (12, 22, 22)]
+    + [(19, 8, 2), (10, 16, 8), (6, 32, 16), (6, 64, 16), (6, 8, 8), (192, 1, 1), (24, 0, 0)],
 )
-def test_cpus_take_a_few_images_at_a_time_in_inference(size, count, at_once):
-    assert lowering.choose("cpu").images_at_once((count, size, size, 3)) == at_once
-    assert lowering.choose("gpu").images_at_once((count, size, size, 3)) == count
+def test_cpus_take_a_few_images_at_a_time_in_inference(side, count, at_once):
+    assert lowering.choose("cpu").images_at_once(count, side * side) == at_once
+    assert lowering.choose("gpu").images_at_once(count, side * side) == count
 
 
 @pytest.mark.parametrize(

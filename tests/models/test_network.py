@@ -141,13 +141,14 @@ def test_four_devices_compute_what_one_computes():
 
 
 def test_inference_of_a_few_images_at_a_time_gives_the_same_logits(monkeypatch):
-    few = dataclasses.replace(lowering.choose("plain"), pixels_at_once=2 * 32 * 32)
+    few = dataclasses.replace(lowering.choose("plain"), pixels_at_once=2 * 16 * 16)
     monkeypatch.setitem(lowering.TABLE, "cpu", few)
     model = _model().clone(lowering="cpu")
 
     run = functools.partial(infer, model)
     traced = jax.make_jaxpr(run)(_variables(), _images())
-    assert "f32[4,2,32,32,3]" in str(traced)  # eight images, two at a time
+    assert "f32[8,1,32,32,3]" in str(traced)  # the stem takes one image at a time
+    assert "f32[4,2,16,16," in str(traced)  # the blocks behind it two, those further on all
     whole = _jit(_model().apply)(_variables(), _images())
     np.testing.assert_allclose(_jit(run)(_variables(), _images()), whole, rtol=1e-5, atol=1e-6)
 

@@ -40,7 +40,8 @@ class Lowering:
             differentiated by JAX.
         activation: wraps the activation functions behind norms; the values stay the same.
         stored: applied to the input of a block with a shortcut, which several operations read.
-        pixels_at_once: of the images that pass the network together in inference; None: of all.
+        pixels_at_once: of a layer's inputs that are computed together in inference; None: of all
+            images.
         joined_bytes: arrays of at most so many bytes are summed over the devices as one, see
             `all_reduce.psum`.
     """
@@ -54,16 +55,20 @@ class Lowering:
     pixels_at_once: int | None = None
     joined_bytes: int = 0
 
-    def images_at_once(self, shape: tuple[int, ...]) -> int:
-        """Returns how many of the images [N, H, W, 3] pass the network together in inference.
+    def images_at_once(self, count: int, pixels: int) -> int:
+        """Returns how many of the images of a batch pass a layer together in inference.
 
-        As many as `pixels_at_once` allows and N is a multiple of, or two; N if those were no more
-        than half of what is allowed.
+        Args:
+            count: of images.
+            pixels: of the layer's input, of one image.
+
+        Returns:
+            As many as `pixels_at_once` allows and `count` is a multiple of, or one; `count` if
+            those were no more than half of what is allowed.
         """
-        count, height, width, _ = shape
         if self.pixels_at_once is None:
             return count
-        most = max(2, self.pixels_at_once // (height * width))
+        most = max(1, self.pixels_at_once // pixels)
         if count <= most:
             return count
         few = max(n for n in range(1, most + 1) if count % n == 0)
@@ -99,8 +104,8 @@ _CPU = Lowering(
     depthwise=cpu_depthwise.depthwise,
     activation=_stored_activation,
     # The maps of a few images stay in the caches from one layer to the next, those of a batch do
-    # not: 4 images of 224 px measure best, or as many pixels (docs/performance.md).
-    pixels_at_once=4 * 224 * 224,
+    # not. Matrix products want some hundred rows (docs/performance.md).
+    pixels_at_once=1024,
     # V2-B0's 481 waits of a step become 179; to join larger arrays costs what is left to gain.
     joined_bytes=2**16,
 )
