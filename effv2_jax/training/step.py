@@ -198,9 +198,11 @@ def local_gradients(
     )
     growth = recipe.weight_decay_inc * schedule_step / recipe.total_steps
     decay = recipe.weight_decay * (1 + growth)
-    l2, gradients = add_weight_decay(
-        gradients, state.params, decay=decay, mask=decay_mask(recipe, state.params)
-    )
+    l2 = jnp.float32(0)
+    if recipe.weight_decay:  # or two passes over all parameters would add nothing
+        l2, gradients = add_weight_decay(
+            gradients, state.params, decay=decay, mask=decay_mask(recipe, state.params)
+        )
     metrics = {
         "loss": xent + l2,
         "xent": xent,
