@@ -169,9 +169,10 @@ def test_tall_images_are_cut_into_bands_with_the_same_gradient(monkeypatch):
         _assert_equal_forms("depthwise", x, weights, stride=stride)
 
 
-def test_large_maps_are_taken_a_few_images_at_a_time(monkeypatch):
-    monkeypatch.setattr(cpu_depthwise, "_LARGE", 1)
-    for examples, stride in ((4, 1), (6, 2), (3, 1)):
+@pytest.mark.parametrize("small", [1, 10**6])
+def test_maps_are_taken_a_few_images_at_a_time_or_all(small, monkeypatch):
+    monkeypatch.setattr(cpu_depthwise, "_SECOND_LEVEL", small)
+    for examples, stride in ((4, 1), (6, 2), (3, 1), (1, 1)):
         x, weights = _operands("depthwise", n=examples, size=(9, 8), kernel=3)
         _assert_equal_forms("depthwise", x, weights, stride=stride)
 

@@ -7,6 +7,7 @@ loops near the bandwidth of the cache (`docs/performance.md`).
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +21,10 @@ from effv2_jax.models.lowering.windows import interleave, materialize, pad_image
 # since the size of the program grows with the rows: 48 costs about a second of compilation.
 _MAX_UNROLLED_ROWS = 48
 
-# It takes so many images at a time where the padded input has more numbers than this: 6 MiB, which
-# with dy is as much as stays in a last-level cache.
+# It takes so many images at a time where the padded input of one has no more numbers than stay in a
+# second-level cache with dy, or where those of all do not stay in a last-level cache either.
 _TILE = 2
-_LARGE = 6 * 2**18
+_SECOND_LEVEL, _LAST_LEVEL = 200_000, 6 * 2**18
 
 
 def depthwise(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
@@ -103,11 +104,12 @@ def _kernel_gradient(padded: jax.Array, dy: jax.Array, geometry: Geometry) -> ja
         [k * k, C], float32 or wider.
     """
     examples = dy.shape[0]
-    if examples % _TILE or padded.size < _LARGE:
+    if _SECOND_LEVEL * examples < padded.size <= _LAST_LEVEL:
         return _sums_of_taps(padded, dy, geometry)
     # Every tap reads both arrays again: a few images at a time they stay in the cache.
-    tiles = [v.reshape(-1, _TILE, *v.shape[1:]) for v in (padded, dy)]
-    sums = lax.map(lambda t: _sums_of_taps(*map(materialize, t), geometry), tiles)
+    tile = math.gcd(examples, _TILE)
+    tiles = [v.reshape(-1, tile, *v.shape[1:]) for v in (padded, dy)]
+    sums = lax.map(lambda pair: _sums_of_taps(*map(materialize, pair), geometry), tiles)
     return sums.sum(0)
 
 
