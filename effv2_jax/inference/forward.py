@@ -9,7 +9,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from effv2_jax.data.kinds import Kind
-from effv2_jax.models.network import EfficientNet, infer
+from effv2_jax.models.infer import infer
+from effv2_jax.models.network import EfficientNet
 
 _AXIS = "data"
 

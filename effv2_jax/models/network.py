@@ -7,9 +7,7 @@ import dataclasses
 import difflib
 import functools
 import hashlib
-import itertools
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -330,41 +328,6 @@ def create_model(
     model = EfficientNet(variant=name, num_classes=num_classes, dtype=jnp.dtype(dtype), **fields)
     _check(model)
     return model
-
-
-def infer(model: EfficientNet, variables: Mapping[str, Any], images: Array) -> Array:
-    """Applies a network in inference mode, a few images at a time where that is faster.
-
-    Args:
-      model: the network.
-      variables: {"params", "batch_stats"} of it.
-      images: [N, H, W, 3], normalised; those of this device under `jax.shard_map`.
-
-    Returns:
-      What `model.apply(variables, images)` does, to rounding.
-    """
-    count, *size = images.shape[:3]
-    at_once = lowering.choose(model.lowering).images_at_once
-    few = [at_once(count, pixels) for pixels in _pixels_of_layers(model, size)]
-    x, first = images, 0
-    for together, group in itertools.groupby(few):
-        only = range(first, first + len(list(group)))
-        first = only.stop
-        apply = functools.partial(model.apply, variables, only=only)
-        if together == count:
-            x = apply(x)
-        else:
-            groups = x.reshape(-1, together, *x.shape[1:])
-            x = jax.lax.map(apply, groups)
-            x = x.reshape(count, *x.shape[2:])
-    return x
-
-
-def _pixels_of_layers(model: EfficientNet, size: Sequence[int]) -> Iterator[int]:
-    """Pixels of the inputs of stem, blocks and head, for images of this size."""
-    for stride in (2, *(spec.stride for spec in model.block_specs), 1):
-        yield math.prod(size)
-        size = [-(-side // stride) for side in size]
 
 
 def _check(model: EfficientNet) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from effv2_jax.data.kinds import Kind
-from effv2_jax.models.network import EfficientNet, infer
+from effv2_jax.models.infer import infer
+from effv2_jax.models.network import EfficientNet
 from effv2_jax.training.losses import example_losses
 from effv2_jax.training.mesh import AXIS
 from effv2_jax.training.metrics import TOP_K, Answers

@@ -20,9 +20,10 @@ from jax.sharding import Mesh, PartitionSpec
 from effv2_jax.data import augment
 from effv2_jax.data.mix import mix
 from effv2_jax.models import lowering
+from effv2_jax.models.infer import infer
 from effv2_jax.models.layers import example_keys
 from effv2_jax.models.lowering import all_reduce
-from effv2_jax.models.network import EfficientNet, infer
+from effv2_jax.models.network import EfficientNet
 from effv2_jax.training import optimizers
 from effv2_jax.training.ema import ema_decay, update_ema
 from effv2_jax.training.losses import example_losses

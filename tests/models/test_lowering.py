@@ -257,6 +257,20 @@ def test_gradient_of_the_gradient_exists():
     np.testing.assert_allclose(*second, rtol=1e-4, atol=1e-4)
 
 
+def test_the_stored_activation_has_the_same_values_and_gradients():
+    x = jnp.linspace(-9, 9, 37)
+
+    def derivatives(function):
+        def first(x):
+            return jnp.sum(jax.grad(lambda x: jnp.sum(function(x) ** 2))(x) ** 2)
+
+        return function(x), first(x), jax.grad(first)(x)
+
+    stored = lowering.choose("cpu").activation(nn.silu)
+    for one, other in zip(derivatives(stored), derivatives(nn.silu), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
 def test_the_table_decides_by_backend(monkeypatch):
     assert lowering.choose("auto") is lowering.TABLE["cpu"]
     for backend in ("tpu", "one not known yet"):

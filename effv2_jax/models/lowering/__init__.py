@@ -4,9 +4,9 @@
 place of the networks that asks which backend runs. `TABLE` holds every choice: GPUs and TPUs take
 XLA's convolution as it is; XLA's CPU backend is several times slower with some of them, above all
 with the gradients of depthwise convolutions, so it gets forms of its own (`cpu_depthwise.py`,
-`cpu_dense.py`, `cpu_winograd.py`). On GPUs the passes over memory between the convolutions decide,
-so norms are written out there (`gpu_norm.py`, `gpu_sums.py`, `gpu_dense.py`). All forms agree with
-the plain ones in value and gradient to rounding.
+`cpu_dense.py`, `cpu_winograd.py`, `cpu_activation.py`). On GPUs the passes over memory between the
+convolutions decide, so norms are written out there (`gpu_norm.py`, `gpu_sums.py`, `gpu_dense.py`).
+All forms agree with the plain ones in value and gradient to rounding.
 """
 
 from collections.abc import Callable
@@ -14,10 +14,16 @@ from dataclasses import dataclass, replace
 
 import jax
 
-from effv2_jax.models.lowering import cpu_dense, cpu_depthwise, gpu_dense, gpu_norm, plain
+from effv2_jax.models.lowering import (
+    cpu_activation,
+    cpu_dense,
+    cpu_depthwise,
+    gpu_dense,
+    gpu_norm,
+    plain,
+)
 from effv2_jax.models.lowering.geometry import Geometry, Padding, make_geometry
 from effv2_jax.models.lowering.gpu_norm import Norm
-from effv2_jax.models.lowering.windows import materialize
 
 __all__ = ["IMPLEMENTATIONS", "TABLE", "Lowering", "Norm", "choose", "conv2d", "depthwise_conv2d"]
 
@@ -75,34 +81,12 @@ class Lowering:
         return few if 2 * few > most else count
 
 
-def _stored_activation(function: _Function) -> _Function:
-    """The activation, computed once for all that read it, and again in the backward pass.
-
-    The sigmoid of silu is not kept for the backward pass: that costs as much time, a pass that
-    writes nothing else, and the memory of another activation. The result is stored: XLA would
-    compute it once for the next convolution and again for the gradient of its kernel, with the
-    sigmoid stored between the two.
-    """
-    recomputed = jax.checkpoint(function)
-
-    @jax.custom_vjp
-    def stored(x: jax.Array) -> jax.Array:
-        return materialize(recomputed(x))
-
-    def forward(x: jax.Array) -> tuple[jax.Array, _Function]:
-        y, pull_back = jax.vjp(recomputed, x)
-        return materialize(y), pull_back
-
-    stored.defvjp(forward, lambda pull_back, dy: pull_back(dy))
-    return stored
-
-
 _PLAIN = Lowering(dense=plain.dense, pointwise=plain.dense, depthwise=plain.depthwise)
 _CPU = Lowering(
     dense=cpu_dense.dense,
     pointwise=cpu_dense.pointwise,
     depthwise=cpu_depthwise.depthwise,
-    activation=_stored_activation,
+    activation=cpu_activation.stored,
     # The maps of a few images stay in the caches from one layer to the next, those of a batch do
     # not. Matrix products want some hundred rows (docs/performance.md).
     pixels_at_once=1024,

@@ -1,8 +1,9 @@
 """Parts of a batch that are computed one after the other, so that their maps stay in the caches.
 
-A second-level cache holds one or two megabytes, the maps of a batch ten or more, and from behind it
-a core reads ten times slower than it computes.
+A second-level cache holds one or two megabytes, the maps of a batch ten or more.
 """
+
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +63,7 @@ class Bands:
             (out - 1) * axis.stride + axis.kernel
             for out, axis in zip((self._height, self.columns), axes, strict=True)
         )
-        return _fill(x, [axis.low for axis in axes], lengths)
+        return _fill(x, (axes[0].low, axes[1].low), lengths)
 
     def pad_output(self, dy: jax.Array) -> jax.Array:
         """Adds to dy [N, H', W', O] the zeros that the last bands see."""
@@ -89,8 +90,10 @@ class Bands:
         return i // self._per_image * self.images, row * stride, 0, 0
 
 
-def _fill(x: jax.Array, before: list[int], lengths: object) -> jax.Array:
+def _fill(x: jax.Array, before: tuple[int, int], lengths: Iterable[int]) -> jax.Array:
+    """X [N, H, W, C] in zeros: so many above and left of it, rows and columns in all."""
     after = (n - size - low for n, size, low in zip(lengths, x.shape[1:3], before, strict=True))
     widths = [(0, 0, 0), *((b, a, 0) for b, a in zip(before, after, strict=True)), (0, 0, 0)]
-    # Stored, with what x is computed from in the same pass.
+    # XLA computes x in the pass that writes this; without the barrier also for whatever reads the
+    # middle alone.
     return lax.optimization_barrier(lax.pad(x, jnp.zeros((), x.dtype), widths))

@@ -2,7 +2,7 @@
 
 Winograd's F(4x4, 3x3), as Lavin and Gray wrote it down for networks (arXiv:1509.09308): an output
 tile is A^T [(G g G^T) * (B^T d B)] A, with d the 6x6 inputs that it sees. Sums over channels are
-made between the transformations, so they are 36 matrix products for a few images.
+made between the transformations, so they are 36 matrix products for a few rows of tiles.
 
 The matrices evaluate polynomials at a few points. At 0, +-1/sqrt(2) and +-sqrt(2), whose powers
 are balanced, results round two or three times as much as the direct convolution's; at those of the
@@ -56,7 +56,7 @@ def convolve(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
     bands = Bands(x.shape[0], geometry, pixels=pixels, unit=_TILE, overlap=True)
     padded = bands.pad_input(x)
 
-    def add_band(i: int, y: jax.Array) -> jax.Array:
+    def add_band(i: jax.Array, y: jax.Array) -> jax.Array:
         products = lax.dot_general(
             _input_tiles(bands.input(padded, i)), transformed, (((2,), (1,)), ((0,), (0,)))
         )
@@ -71,7 +71,7 @@ def kernel_gradient(x: jax.Array, dy: jax.Array, geometry: Geometry) -> jax.Arra
     bands = Bands(x.shape[0], geometry, pixels=_GRADIENT_TILES * _TILE**2, unit=_TILE)
     padded, padded_dy = bands.pad_input(x), bands.pad_output(dy)
 
-    def add_band(i: int, total: jax.Array) -> jax.Array:
+    def add_band(i: jax.Array, total: jax.Array) -> jax.Array:
         tiles = _input_tiles(bands.input(padded, i))
         gradients = _gradient_tiles(bands.output(padded_dy, i))
         return total + lax.dot_general(tiles, gradients, (((1,), (1,)), ((0,), (0,))))

@@ -19,8 +19,9 @@ def materialize(x: jax.Array) -> jax.Array:
 
     Left to itself it copies every cheap expression into each of its consumers: whole depthwise
     convolutions are computed three or four times in a backward pass, and barriers are gone before
-    it fuses. It never copies a division. This one is by a number made of the bits of x that is
-    always 1, which only the code generator behind XLA finds out, and removes.
+    it fuses (pads and concatenations it does not copy: there they suffice). It never copies a
+    division. This one is by a number made of the bits of x that is always 1, which only the code
+    generator behind XLA finds out, and removes.
     """
     bits = lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
     one = lax.min(lax.bitwise_or(bits, bits.dtype.type(1)), jnp.ones_like(bits))

@@ -101,7 +101,8 @@ def _inference(task: Mapping[str, Any], mesh: Any) -> tuple[Run, Any, int]:
     """Pictures to logits: the normalisation and the forward pass."""
     import jax
 
-    from effv2_jax.models.network import infer, init_variables
+    from effv2_jax.models.infer import infer
+    from effv2_jax.models.network import init_variables
     from effv2_jax.training import compile as programs
     from effv2_jax.training import mesh as meshes
     from effv2_jax.training.step import normalize

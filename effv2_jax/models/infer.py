@@ -1,0 +1,52 @@
+"""Inference: the network, with as many images in each layer as are fast together.
+
+Which these are on a backend is said in `lowering.TABLE`.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from effv2_jax.models import lowering
+from effv2_jax.models.network import EfficientNet
+
+Array = jax.Array
+
+
+def infer(model: EfficientNet, variables: Mapping[str, Any], images: Array) -> Array:
+    """Applies a network in inference mode, a few images at a time where that is faster.
+
+    Args:
+      model: the network.
+      variables: {"params", "batch_stats"} of it.
+      images: [N, H, W, 3], normalised; those of this device under `jax.shard_map`.
+
+    Returns:
+      What `model.apply(variables, images)` does, to rounding.
+    """
+    count, *size = images.shape[:3]
+    at_once = lowering.choose(model.lowering).images_at_once
+    few = [at_once(count, pixels) for pixels in _pixels_of_layers(model, size)]
+    x, first = images, 0
+    for together, group in itertools.groupby(few):
+        only = range(first, first + len(list(group)))
+        first = only.stop
+        apply = functools.partial(model.apply, variables, only=only)
+        if together == count:
+            x = apply(x)
+        else:
+            groups = x.reshape(-1, together, *x.shape[1:])
+            x = jax.lax.map(apply, groups)
+            x = x.reshape(count, *x.shape[2:])
+    return x
+
+
+def _pixels_of_layers(model: EfficientNet, size: Sequence[int]) -> Iterator[int]:
+    """Pixels of the inputs of stem, blocks and head, for images of this size."""
+    for stride in (2, *(spec.stride for spec in model.block_specs), 1):
+        yield math.prod(size)
+        size = [-(-side // stride) for side in size]
