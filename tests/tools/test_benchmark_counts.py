@@ -1,5 +1,6 @@
 """What steps need at least, and to which layer a kernel belongs."""
 
+import contextlib
 import re
 import sys
 from pathlib import Path
@@ -201,6 +202,25 @@ def test_the_kernels_of_a_loop_count_and_not_the_loop():
 
 def test_a_kernel_with_several_products_belongs_to_the_first():
     assert kernels.owners_of(PROGRAM, BLOCKS)["ynn_fusion.2"] == ("head", "convolution", "forward")
+
+
+def test_a_step_is_made_between_reading_a_program_and_tracing_it(monkeypatch):
+    made = []
+
+    class Program:
+        def as_text(self):
+            made.append("text")
+            return PROGRAM
+
+    @contextlib.contextmanager
+    def trace(folder, **_):
+        made.append("trace")
+        yield
+        Path(folder, "host.xplane.pb").write_bytes(b"")
+
+    monkeypatch.setattr(jax.profiler, "trace", trace)
+    kernels.profile(Program(), made.append, steps=3, devices=1, blocks=BLOCKS)
+    assert made == ["text", 1, "trace", 3]
 
 
 def test_kernel_times_are_those_of_a_step_that_is_not_profiled():
