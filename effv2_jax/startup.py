@@ -133,6 +133,22 @@ def enable_compilation_cache(setting: str) -> Path | None:
     return folder
 
 
+def compiler_options(devices: int) -> dict[str, str]:
+    """Returns what `jax.jit` tells the compiler of a program over several devices; imports JAX.
+
+    Where every core of a CPU is a device, kernels are not divided among threads: the threads of the
+    other cores have the other devices' kernels to compute, and a part given to them waits.
+
+    Args:
+        devices: of this process, that compute the program.
+    """
+    import jax
+
+    if jax.default_backend() != "cpu" or devices < max(2, usable_cores()):
+        return {}
+    return {"xla_disable_hlo_passes": "cpu-parallel-task-assigner"}
+
+
 def release_freed_memory() -> None:
     """Gives freed memory back to the system once, where `tune` made the allocator keep it.
 

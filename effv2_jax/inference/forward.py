@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from effv2_jax import startup
 from effv2_jax.data.kinds import Kind
 from effv2_jax.models.infer import infer
 from effv2_jax.models.network import EfficientNet
@@ -48,7 +49,8 @@ class BatchProgram:
                 in_specs=(everywhere, split),
                 out_specs=split,
                 check_vma=False,
-            )
+            ),
+            compiler_options=startup.compiler_options(len(devices)),
         )
 
     def __call__(self, *arrays: np.ndarray) -> Any:

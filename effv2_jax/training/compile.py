@@ -39,13 +39,19 @@ class Programs:
     """Compiled programs by name; each is compiled once, on request or ahead in the background.
 
     Args:
+        devices: of this process, that compute the programs.
         background: whether `prepare` starts at once; otherwise it does nothing and `get` compiles.
         on_compiled: called with each new program, from the thread that compiled it.
     """
 
     def __init__(
-        self, *, background: bool = True, on_compiled: Callable[[Program], None] | None = None
+        self,
+        *,
+        devices: int = 1,
+        background: bool = True,
+        on_compiled: Callable[[Program], None] | None = None,
     ) -> None:
+        self._options = startup.compiler_options(devices)
         self._futures: dict[str, Future[Program]] = {}
         self._on_compiled = on_compiled
         # One thread: programs come in the order they are asked for, and leave cores to training.
@@ -109,7 +115,7 @@ class Programs:
 
     def _compile(self, name: str, lower: Callable[[], jax.stages.Lowered]) -> Program:
         start = time.perf_counter()
-        compiled = lower().compile()
+        compiled = lower().compile(self._options)
         program = Program(name, compiled, time.perf_counter() - start, device_memory(compiled))
         startup.release_freed_memory()
         with self._lock:

@@ -92,7 +92,7 @@ def evaluate(config: ConfigDict, workdir: str | Path) -> dict[str, float]:
         subset=subset,
         mesh=subject.mesh,
     )
-    with Programs(background=False) as programs:
+    with Programs(devices=len(subject.mesh.local_devices), background=False) as programs:
         evaluator = Evaluator(
             step,
             source=subject.source,

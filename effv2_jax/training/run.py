@@ -82,6 +82,7 @@ class Run:
         model, recipe, mesh = parts.mesh_model, parts.recipe, parts.mesh
         self._programs = self._stack.enter_context(
             Programs(
+                devices=len(mesh.local_devices),
                 background=self._config.runtime.background_compile,
                 on_compiled=self._compiled.append,
             )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from effv2_jax import startup
 from effv2_jax.training import mesh as meshes
 from effv2_jax.training.compile import Programs, StepPrograms, device_bytes, scaled_memory
 
@@ -23,7 +24,8 @@ class FakeLowered:
     def __call__(self):
         return self
 
-    def compile(self):
+    def compile(self, options):
+        assert not options
         self.threads.append(threading.current_thread())
         self.started.set()
         if self.gate is not None:
@@ -172,3 +174,17 @@ def test_device_bytes_counts_one_device():
     whole = jax.ShapeDtypeStruct((8, 3), jnp.float32, sharding=meshes.replicated(mesh))
     split = jax.ShapeDtypeStruct((8, 3), jnp.uint8, sharding=meshes.batch_sharding(mesh))
     assert device_bytes({"a": whole, "b": [split]}) == 8 * 3 * 4 + 2 * 3
+
+
+@pytest.mark.parametrize(
+    ("cores", "devices", "divided"), [(4, 4, False), (2, 4, False), (8, 4, True), (1, 1, True)]
+)
+def test_kernels_are_divided_among_threads_unless_all_cores_are_devices(
+    monkeypatch, cores, devices, divided
+):
+    monkeypatch.setattr(startup, "usable_cores", lambda: cores)
+    rows = meshes.batch_sharding(meshes.make_mesh(devices))
+    x = jax.ShapeDtypeStruct((64, 10**5), jnp.float32, sharding=rows)
+    with Programs(devices=devices, background=False) as programs:
+        program = programs.get("tanh", lambda: jax.jit(jnp.tanh).lower(x))
+    assert ('"outer_dimension_partitions":["' in program.run.as_text()) == divided

@@ -120,7 +120,7 @@ def _inference(task: Mapping[str, Any], mesh: Any) -> tuple[Run, Any, int]:
     )
     variables = jax.device_put(init_variables(model, 0), meshes.replicated(mesh))
     images = jax.device_put(_images(task), meshes.batch_sharding(mesh))
-    compiler = programs.Programs(background=False)
+    compiler = programs.Programs(devices=mesh.size, background=False)
     program = compiler.get("infer", lambda: forward.lower(variables, images))
 
     def run(steps: int) -> None:
@@ -147,7 +147,7 @@ def _training(task: Mapping[str, Any], mesh: Any) -> tuple[Run, Any, int]:
     batch = jax.device_put(batch, meshes.batch_sharding(mesh))
     knobs = jax.device_put(stage_knobs(stage, recipe, seed=0), meshes.replicated(mesh))
     step = jax.jit(make_train_step(model, recipe, mesh=mesh), donate_argnums=0)
-    compiler = programs.Programs(background=False)
+    compiler = programs.Programs(devices=mesh.size, background=False)
     program = compiler.get("train", lambda: step.lower(state, batch, knobs))
     parameters = _count(state.params)
 
