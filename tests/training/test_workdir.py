@@ -24,9 +24,9 @@ HOLD = """
     with open_workdir(sys.argv[1], base_config()):
         print("locked", flush=True)
         if len(sys.argv) > 2:
-            worker = os.fork()
-            if worker:
-                print(worker, flush=True)
+            # The worker tells: whoever reads it knows that what runs at a fork has run.
+            if not os.fork():
+                print(os.getpid(), flush=True)
         time.sleep(60)
 """
 
