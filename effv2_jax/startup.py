@@ -134,19 +134,27 @@ def enable_compilation_cache(setting: str) -> Path | None:
 
 
 def compiler_options(devices: int) -> dict[str, str]:
-    """Returns what `jax.jit` tells the compiler of a program over several devices; imports JAX.
+    """Returns what the compiler is told of a program over several devices; imports JAX.
 
     Where every core of a CPU is a device, kernels are not divided among threads: the threads of the
-    other cores have the other devices' kernels to compute, and a part given to them waits.
+    other cores have the other devices' kernels to compute, and a part given to them waits. This
+    belongs to the program, not to the process: `--no-tune` does not refuse it, XLA_FLAGS with
+    xla_disable_hlo_passes does.
 
     Args:
         devices: of this process, that compute the program.
+
+    Returns:
+        Options by XLA's names; {} where nothing is to be told.
     """
     import jax
 
+    option = "xla_disable_hlo_passes"
     if jax.default_backend() != "cpu" or devices < max(2, usable_cores()):
         return {}
-    return {"xla_disable_hlo_passes": "cpu-parallel-task-assigner"}
+    if option in os.environ.get("XLA_FLAGS", ""):
+        return {}
+    return {option: "cpu-parallel-task-assigner"}
 
 
 def release_freed_memory() -> None:

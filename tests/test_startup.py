@@ -204,6 +204,13 @@ def test_devices_are_a_power_of_two_of_the_cores(monkeypatch, cores, devices):
         assert (flags, notes) == ("", [])
 
 
+def test_the_users_choice_of_compiler_passes_stays(monkeypatch):
+    monkeypatch.setattr(startup, "usable_cores", lambda: 2)
+    assert startup.compiler_options(2)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_disable_hlo_passes=dce")
+    assert startup.compiler_options(2) == {}
+
+
 @pytest.fixture
 def jax_config():
     """JAX's configuration, put back afterwards."""

@@ -34,7 +34,8 @@ def _prepare(task: Mapping[str, Any]) -> Prepared:
     x = jax.device_put(_input(task), meshes.batch_sharding(mesh))
     variables = jax.device_put(_variables(module, x), meshes.replicated(mesh))
     step, arguments = _step(task["pass"], apply, mesh, variables, x)
-    program = programs.Programs(background=False).get("part", lambda: step.lower(*arguments))
+    compiler = programs.Programs(devices=mesh.size, background=False)
+    program = compiler.get("part", lambda: step.lower(*arguments))
 
     def run(steps: int) -> None:
         nonlocal arguments
