@@ -122,6 +122,37 @@ def test_memory_that_the_allocator_keeps_is_given_back_when_told():
 
 
 @linux
+def test_a_block_that_threads_take_in_turn_is_one_block():
+    """XLA takes the memory of a step now in one of its threads, now in another."""
+    code = (
+        "import concurrent.futures, threading\n"
+        "from pathlib import Path\n"
+        "resident = lambda: int(Path('/proc/self/statm').read_text().split()[1]) * 4096 / 2**20\n"
+        "turn, threads = threading.Lock(), threading.Barrier(9)\n"
+        "def take():\n"
+        "    threads.wait()\n"
+        "    with turn:\n"
+        "        block = bytearray(b'x') * (100 << 20)\n"
+        "        del block\n"
+        "    threads.wait()\n"  # a thread that ends gives its memory back
+        "    threads.wait()\n"
+        "before = resident()\n"
+        "with concurrent.futures.ThreadPoolExecutor(8) as pool:\n"
+        "    for _ in range(8):\n"
+        "        pool.submit(take)\n"
+        "    threads.wait(), threads.wait()\n"
+        "    print(resident() - before)\n"
+        "    threads.wait()\n"
+    )
+    settings, _ = startup._allocator({})
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **settings}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert float(done.stdout) < 150  # MiB
+
+
+@linux
 def test_the_users_own_settings_stay(project):
     own = {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=3 --xla_cpu_prefer_vector_width=128",

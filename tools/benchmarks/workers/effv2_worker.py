@@ -7,7 +7,7 @@ the data mesh. Inference is from uint8 pictures to logits. Images and labels are
 import importlib
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -124,9 +124,7 @@ def _inference(task: Mapping[str, Any], mesh: Any) -> tuple[Run, Any, int]:
     program = compiler.get("infer", lambda: forward.lower(variables, images))
 
     def run(steps: int) -> None:
-        for _ in range(steps):
-            logits = program.run(variables, images)
-        jax.block_until_ready(logits)
+        _one_ahead(program.run(variables, images) for _ in range(steps))
 
     return run, program, _count(variables["params"])
 
@@ -151,13 +149,31 @@ def _training(task: Mapping[str, Any], mesh: Any) -> tuple[Run, Any, int]:
     program = compiler.get("train", lambda: step.lower(state, batch, knobs))
     parameters = _count(state.params)
 
-    def run(steps: int) -> None:
+    def train() -> Any:
         nonlocal state
-        for _ in range(steps):
-            state, metrics = program.run(state, batch, knobs)
-        jax.block_until_ready((state, metrics))
+        state, metrics = program.run(state, batch, knobs)
+        return metrics
+
+    def run(steps: int) -> None:
+        _one_ahead(train() for _ in range(steps))
+        jax.block_until_ready(state)
 
     return run, program, parameters
+
+
+def _one_ahead(results: Iterator[Any]) -> None:
+    """Waits for each step once the next is under way, as a run does (`training/run.py`).
+
+    With more than 32 under way XLA's CPU backend makes each wait for its place, and two devices for
+    each other: V2-B0's inference at 128 px, batch 8, took 13.2 instead of 11.9 ms.
+    """
+    import jax
+
+    before = None
+    for result in results:
+        jax.block_until_ready(before)
+        before = result
+    jax.block_until_ready(before)
 
 
 def _of_config(task: Mapping[str, Any], mesh: Any) -> tuple[Any, Any, Any, Any]:
