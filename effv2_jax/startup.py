@@ -161,7 +161,8 @@ def compiler_options(devices: int) -> dict[str, str]:
 def release_freed_memory() -> None:
     """Gives freed memory back to the system once, where `tune` made the allocator keep it.
 
-    For after a compilation, which needs more memory than most steps do and never the same again.
+    For after a compilation, which needs more memory than most steps do and never the same again,
+    and between two stages, whose steps need blocks of different sizes.
     """
     environment = os.environ
     if environment.get("MALLOC_CONF") == _MALLOC_CONF:

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from effv2_jax import startup
 from effv2_jax.data.device import to_device
 from effv2_jax.data.loader import train_batches
 from effv2_jax.errors import UserError
@@ -164,6 +165,9 @@ class Run:
         program = self._steps.get(stage.image_size, stage.batch_size)
         for following in self._parts.stages[stage.index + 1 : stage.index + 2]:
             self._steps.prepare(following.image_size, following.batch_size)
+        before = self._parts.stages[max(0, stage.index - 1)]
+        if (before.image_size, before.batch_size) != (stage.image_size, stage.batch_size):
+            startup.release_freed_memory()  # its steps needed a block of another size
         knobs = self._knobs(stage)
         trace = StageTrace(self._config.runtime.profile, stage, start_step=self.step)
         self._logger.begin_stage(stage, plan.strengths(stage, self._parts.recipe.images.policy))

@@ -232,6 +232,23 @@ def test_all_stages_are_compiled_first_when_that_is_cheap(tmp_path, monkeypatch,
     assert "~" not in capsys.readouterr().out
 
 
+def test_memory_is_given_back_before_a_stage_with_another_program(tmp_path, monkeypatch):
+    # Compiling gives back too: the steps are compiled first, the evaluation until it is needed.
+    monkeypatch.setattr(run, "_CHEAP_SECONDS", 1e9)
+    done, released = [0], []
+    count = run.MetricsLogger.step
+
+    def counted(self, step, **rest):
+        done.append(step)
+        count(self, step, **rest)
+
+    monkeypatch.setattr(run.MetricsLogger, "step", counted)
+    monkeypatch.setattr(run.startup, "release_freed_memory", lambda: released.append(done[-1]))
+    loop.train(tiny.tiny_config(), tmp_path)
+    first_evaluation = min(r["step"] for r in tiny.records(tmp_path) if r["split"] == "eval")
+    assert [step for step in released if step > first_evaluation] == [16]  # of 8 and 16
+
+
 def test_profile_traces_steps_of_a_stage(tmp_path, monkeypatch):
     train_stage = run.Run.train_stage
 

@@ -88,7 +88,7 @@ _CPU = Lowering(
     depthwise=cpu_depthwise.depthwise,
     activation=cpu_activation.stored,
     # The maps of a few images stay in the caches from one layer to the next, those of a batch do
-    # not. Matrix products want some hundred rows (docs/performance.md).
+    # not. Matrix products want some hundred rows (docs/cpu_forms.md).
     pixels_at_once=1024,
     # V2-B0's 481 waits of a step become 179; to join larger arrays costs what is left to gain.
     joined_bytes=2**16,

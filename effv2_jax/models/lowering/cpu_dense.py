@@ -1,7 +1,7 @@
 """Dense and 1x1 convolutions for XLA's CPU backend: matrix products where they are faster.
 
 XLA runs convolutions forward, and their input gradients at stride 1, near the speed of its matrix
-product. The exceptions, measured in `docs/performance.md`, are what this file is about: 1x1
+product. The exceptions, measured in `docs/cpu_forms.md`, are what this file is about: 1x1
 convolutions, the input gradient at stride 2, and the gradient of the kernel. At stride 1
 `cpu_winograd.py` is faster still where there are enough channels.
 """

@@ -3,7 +3,7 @@
 There the grouped convolution runs its one-channel groups at about 1 GFLOP/s, its input gradient at
 stride 2 is a scalar loop over a dilated array, and its kernel gradient becomes a dense C x C
 convolution of which the diagonal is kept. Shifted slices, multiplied and added, become vectorised
-loops near the bandwidth of the cache (`docs/performance.md`).
+loops near the bandwidth of the cache (`docs/cpu_forms.md`).
 """
 
 import functools
