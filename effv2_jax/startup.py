@@ -3,7 +3,7 @@
 On a CPU the largest gains lie outside the program: XLA allocates all its buffers anew for every
 step, and glibc's allocator gives them back to the kernel each time, so that half of the time goes
 into page faults; and XLA uses vectors of 256 bits where the processor has 512
-(`docs/performance.md` has the measurements). An allocator must be chosen before the process
+(`docs/cpu_forms.md` has measurements). An allocator must be chosen before the process
 starts, so a command starts itself again once, in the same process id, with `LD_PRELOAD` set.
 
 Nothing that the user has set is changed. `--no-tune` or EFFV2_NO_TUNE=1 leaves everything alone.

@@ -99,6 +99,16 @@ def test_tuning_can_be_refused(project, arguments, changes):
     assert seen["line"] == "tuning: none (refused)"
 
 
+def _with_the_allocator(code):
+    """Returns what a program prints that runs with the allocator of commands."""
+    settings, _ = startup._allocator({})
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **settings}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60
+    )
+    return done.stdout
+
+
 @linux
 def test_memory_that_the_allocator_keeps_is_given_back_when_told():
     code = (
@@ -111,12 +121,7 @@ def test_memory_that_the_allocator_keeps_is_given_back_when_told():
         "startup.release_freed_memory()\n"
         "print(kept, resident())\n"
     )
-    settings, _ = startup._allocator({})
-    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **settings}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60
-    )
-    kept, left = map(float, done.stdout.split())
+    kept, left = map(float, _with_the_allocator(code).split())
     assert kept > 250  # MiB: both allocators keep what is freed
     assert left < kept - 150
 
@@ -124,6 +129,8 @@ def test_memory_that_the_allocator_keeps_is_given_back_when_told():
 @linux
 def test_a_block_that_threads_take_in_turn_is_one_block():
     """XLA takes the memory of a step now in one of its threads, now in another."""
+    if "LD_PRELOAD" not in startup._allocator({})[0]:
+        pytest.skip("libjemalloc2 is not installed; glibc gives such blocks back")
     code = (
         "import concurrent.futures, threading\n"
         "from pathlib import Path\n"
@@ -144,12 +151,7 @@ def test_a_block_that_threads_take_in_turn_is_one_block():
         "    print(resident() - before)\n"
         "    threads.wait()\n"
     )
-    settings, _ = startup._allocator({})
-    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **settings}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60
-    )
-    assert float(done.stdout) < 150  # MiB
+    assert 90 < float(_with_the_allocator(code)) < 150  # MiB
 
 
 @linux
