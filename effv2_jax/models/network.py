@@ -21,6 +21,7 @@ from effv2_jax.models import blocks as block_modules
 from effv2_jax.models import layers, lowering
 from effv2_jax.models.block_spec import BlockSpec, expand_blocks, parse_blocks, round_channels
 from effv2_jax.models.norm import BatchNorm
+from effv2_jax.models.remat import recomputed
 from effv2_jax.models.variants import get_variant
 
 Array = jax.Array
@@ -190,13 +191,16 @@ class EfficientNet(nn.Module):
             if i + 1 not in only:
                 continue
             cls = block_modules.FusedMBConv if spec.fused else block_modules.MBConv
-            if self.remat:
-                cls = nn.remat(cls, static_argnums=(2,))
             survival, noise = None, None
             if path_noise is not None and spec.has_residual:
                 survival, noise = self._survival(i, survival_prob), path_noise[:, i]
             block = cls(spec=spec, name=f"blocks_{i}", **parts)
-            x, expansion = block(x, train, survival, noise)
+            if self.remat and not self.is_initializing():
+                x, expansion = recomputed(
+                    block, x, survival, noise, train=train, implementation=self.lowering
+                )
+            else:
+                x, expansion = block(x, train, survival, noise)
             names = [f"block_{i}"]
             if i + 1 == len(specs) or specs[i + 1].stride > 1:
                 reductions += 1

@@ -203,6 +203,15 @@ def test_values_that_are_not_finite_or_tiny_pass_unchanged():
         np.testing.assert_array_equal(np.asarray(y[5:], np.float32), np.asarray(x[5:], np.float32))
 
 
+@pytest.mark.parametrize("form", ["plain", "cpu", "gpu", "tpu"])
+def test_what_waits_for_another_value_stays_the_same(form):
+    after = lowering.TABLE.get(form, lowering.choose("plain")).after
+    x = jax.random.normal(jax.random.key(0), (2, 3), jnp.bfloat16)
+    for first in (0.0, -1.5, jnp.inf):
+        y = jnp.zeros((4, 5)).at[0, 0].set(first)
+        assert jnp.array_equal(jax.jit(after)(x, y), x)
+
+
 class _Tiny(nn.Module):
     @nn.compact
     def __call__(self, x):
@@ -273,9 +282,10 @@ def test_the_stored_activation_has_the_same_values_and_gradients():
 
 def test_the_table_decides_by_backend(monkeypatch):
     assert lowering.choose("auto") is lowering.TABLE["cpu"]
-    for backend in ("tpu", "one not known yet"):
-        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
-        assert lowering.choose("auto") is lowering.choose("plain")
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert lowering.choose("auto") is lowering.TABLE["tpu"]
+    monkeypatch.setattr(jax, "default_backend", lambda: "one not known yet")
+    assert lowering.choose("auto") is lowering.choose("plain")
     assert lowering.choose("cpu") is lowering.TABLE["cpu"]
     with pytest.raises(ValueError, match=r"'fast'.*auto.*plain.*cpu"):
         lowering.choose("fast")

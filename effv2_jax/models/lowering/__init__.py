@@ -6,6 +6,7 @@ XLA's convolution as it is; XLA's CPU backend is several times slower with some 
 with the gradients of depthwise convolutions, so it gets forms of its own (`cpu_depthwise.py`,
 `cpu_dense.py`, `cpu_winograd.py`, `cpu_activation.py`). On GPUs the passes over memory between the
 convolutions decide, so norms are written out there (`gpu_norm.py`, `gpu_sums.py`, `gpu_dense.py`).
+What waits for what, backends have to be told in different ways (`ordering.py`).
 All forms agree with the plain ones in value and gradient to rounding.
 """
 
@@ -20,6 +21,7 @@ from effv2_jax.models.lowering import (
     cpu_depthwise,
     gpu_dense,
     gpu_norm,
+    ordering,
     plain,
 )
 from effv2_jax.models.lowering.geometry import Geometry, Padding, make_geometry
@@ -46,6 +48,7 @@ class Lowering:
             differentiated by JAX.
         activation: wraps the activation functions behind norms; the values stay the same.
         stored: applied to the input of a block with a shortcut, which several operations read.
+        after: (x, y) -> x, from which nothing is computed before y is there (`models/remat.py`).
         pixels_at_once: of a layer's inputs that are computed together in inference; None: of all
             images.
         joined_bytes: arrays of at most so many bytes are summed over the devices as one, see
@@ -58,6 +61,7 @@ class Lowering:
     norm: Callable[..., tuple[jax.Array, jax.Array, jax.Array]] | None = None
     activation: Callable[[_Function], _Function] = lambda function: function
     stored: _Function = lambda x: x
+    after: Callable[[jax.Array, jax.Array], jax.Array] = ordering.arithmetic
     pixels_at_once: int | None = None
     joined_bytes: int = 0
 
@@ -93,10 +97,11 @@ _CPU = Lowering(
     # V2-B0's 481 waits of a step become 179; to join larger arrays costs what is left to gain.
     joined_bytes=2**16,
 )
-_GPU = replace(_PLAIN, dense=gpu_dense.dense, norm=gpu_norm.norm, stored=gpu_norm.stored)
+_TPU = replace(_PLAIN, after=ordering.barrier)
+_GPU = replace(_TPU, dense=gpu_dense.dense, norm=gpu_norm.norm, stored=gpu_norm.stored)
 
 # Backend -> forms. A backend that is not listed takes the plain ones.
-TABLE = {"cpu": _CPU, "gpu": _GPU, "tpu": _PLAIN}
+TABLE = {"cpu": _CPU, "gpu": _GPU, "tpu": _TPU}
 
 
 def choose(implementation: str = "auto") -> Lowering:
