@@ -19,7 +19,7 @@ from effv2_jax.errors import UserError
 _EPILOG = """\
 any key of the config can be set behind it:
   --config.train.epochs=5 --config.progressive.image_sizes=64,96,128 --config.model.remat=true
-all keys, their defaults and bounds: effv2_jax/config.py; recipes: configs/
+all keys, their defaults and bounds: effv2_jax/config_schema.py; recipes: configs/
 """
 
 
