@@ -26,7 +26,8 @@ _REFUSE = "EFFV2_NO_TUNE"
 
 # Freed memory is kept, in huge pages, instead of being given back after every step, and in one
 # arena: XLA's threads take the memory of a step in turn, and each would keep a block of its own.
-_MALLOC_CONF = "dirty_decay_ms:-1,muzzy_decay_ms:-1,thp:always,oversize_threshold:0,narenas:1"
+ONE_ARENA = ",narenas:1"
+_MALLOC_CONF = f"dirty_decay_ms:-1,muzzy_decay_ms:-1,thp:always,oversize_threshold:0{ONE_ARENA}"
 _PURGE_ALL_ARENAS = b"arena.4096.purge"  # jemalloc's MALLCTL_ARENAS_ALL
 _GLIBC_TUNABLES = (
     "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=274877906944:glibc.malloc.hugetlb=1"

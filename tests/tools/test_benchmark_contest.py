@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from effv2_jax import startup
 from effv2_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -68,6 +69,17 @@ def test_all_get_the_same_cores_and_peers_the_allocator_of_the_first(tmp_path, m
     assert first.facts["cores"] == second.facts["cores"] == contest.usable_cores()[:1]
     assert first.facts["allocator"] is None
     assert second.facts["allocator"] == "of the first"
+
+
+@pytest.mark.parametrize("one", [False, True])
+def test_one_arena_of_the_allocator_is_for_those_it_is_good_for(one):
+    chosen = {"MALLOC_CONF": startup._MALLOC_CONF}
+    peer = contest.Contestant(
+        name="b", command=("b",), task={}, inherits=("MALLOC_CONF",), one_arena=one
+    )
+    taken = contest.environment_of(peer, chosen)["MALLOC_CONF"]
+    assert taken + ("" if one else startup.ONE_ARENA) == chosen["MALLOC_CONF"]
+    assert ("narenas" in taken) == one
 
 
 def test_without_memory_for_all_they_are_measured_apart_and_it_is_said(tmp_path):

@@ -132,12 +132,14 @@ def contestant(
         threads: as many as cores.
     """
     peer = PEERS[name]
+    on_jax = "jax" in peer.modules
     return contest.Contestant(
         name=name,
         command=contest.start(peer.worker, python),
         task={**task, "peer": name, "peer_model": peer.network(task["model"]), "threads": threads},
         environment={**peer.environment, "OMP_NUM_THREADS": str(threads)},
         # TensorFlow ends at XLA flags it does not know.
-        inherits=(*ALLOCATOR_VARIABLES, *(("XLA_FLAGS",) if "jax" in peer.modules else ())),
+        inherits=(*ALLOCATOR_VARIABLES, *(("XLA_FLAGS",) if on_jax else ())),
+        one_arena=on_jax,
         asked={"compile": task["compile"]},
     )
