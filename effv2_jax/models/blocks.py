@@ -25,11 +25,13 @@ class SqueezeExcite(nn.Module):
       channels: squeezed channels.
       conv: makes a convolution with bias.
       activation: between the two convolutions.
+      sum_over: mesh axis over whose devices C is divided, or None.
     """
 
     channels: int
     conv: ModuleDef
     activation: Activation
+    sum_over: str | None = None
 
     def __call__(self, x: Array) -> Array:
         """Applies the gate."""
@@ -40,8 +42,9 @@ class SqueezeExcite(nn.Module):
     @nn.compact
     def factor(self, means: Array) -> Array:
         """Returns the factors [N, 1, 1, C] for the means of the channels [N, 1, 1, C]."""
-        squeezed = self.activation(self.conv(self.channels, use_bias=True, name="reduce")(means))
-        return jax.nn.sigmoid(self.conv(means.shape[-1], use_bias=True, name="expand")(squeezed))
+        reduce = self.conv(self.channels, use_bias=True, sum_over=self.sum_over, name="reduce")
+        expand = self.conv(means.shape[-1], use_bias=True, name="expand")
+        return jax.nn.sigmoid(expand(self.activation(reduce(means))))
 
 
 class _Block(nn.Module):
@@ -54,6 +57,8 @@ class _Block(nn.Module):
       norm: makes a `BatchNorm`.
       activation: after every norm that is not the last one.
       implementation: of the lowering, one of `lowering.IMPLEMENTATIONS`.
+      divide_by: devices among which the inner channels are divided, of MBConv only.
+      sum_over: mesh axis of these devices; None: not divided.
     """
 
     spec: BlockSpec
@@ -62,6 +67,8 @@ class _Block(nn.Module):
     norm: ModuleDef
     activation: Activation
     implementation: str = "auto"
+    divide_by: int = 1
+    sum_over: str | None = None
 
     def _stored(self, inputs: Array) -> Array:
         """The input, read by the first convolution and by the shortcut."""
@@ -72,7 +79,9 @@ class _Block(nn.Module):
     def _squeeze_excite(self) -> SqueezeExcite | None:
         if not self.spec.se_channels:
             return None
-        return SqueezeExcite(self.spec.se_channels, self.conv, self.activation, name="se")
+        return SqueezeExcite(
+            self.spec.se_channels, self.conv, self.activation, self.sum_over, name="se"
+        )
 
     def _residual(
         self, inputs: Array, x: Array, survival_prob: float | Array | None, noise: Array | None
@@ -111,12 +120,12 @@ class MBConv(_Block):
         spec = self.spec
         x = inputs = self._stored(inputs)
         if spec.expands:
-            x = self.conv(spec.inner_channels, name="expand_conv")(x)
+            x = self.conv(spec.inner_channels // self.divide_by, name="expand_conv")(x)
             x = self.norm(name="expand_norm")(x, train, self.activation)
         x = self.depthwise(spec.kernel, stride=spec.stride, name="depthwise_conv")(x)
         gate = self._squeeze_excite()
         expansion = x = self.norm(name="depthwise_norm")(x, train, self.activation, gate)
-        x = self.conv(spec.channels, name="project_conv")(x)
+        x = self.conv(spec.channels, sum_over=self.sum_over, name="project_conv")(x)
         x = self.norm(name="project_norm")(x, train)
         return self._residual(inputs, x, survival_prob, noise), expansion
 

@@ -5,8 +5,7 @@ Which these are on a backend is said in `lowering.TABLE`.
 
 import functools
 import itertools
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -30,7 +29,7 @@ def infer(model: EfficientNet, variables: Mapping[str, Any], images: Array) -> A
     """
     count, *size = images.shape[:3]
     at_once = lowering.choose(model.lowering).images_at_once
-    few = [at_once(count, pixels) for pixels in _pixels_of_layers(model, size)]
+    few = [at_once(count, pixels) for pixels in model.input_pixels(size)]
     x, first = images, 0
     for together, group in itertools.groupby(few):
         only = range(first, first + len(list(group)))
@@ -43,10 +42,3 @@ def infer(model: EfficientNet, variables: Mapping[str, Any], images: Array) -> A
             x = jax.lax.map(apply, groups)
             x = x.reshape(count, *x.shape[2:])
     return x
-
-
-def _pixels_of_layers(model: EfficientNet, size: Sequence[int]) -> Iterator[int]:
-    """Pixels of the inputs of stem, blocks and head, for images of this size."""
-    for stride in (2, *(spec.stride for spec in model.block_specs), 1):
-        yield math.prod(size)
-        size = [-(-side // stride) for side in size]

@@ -129,6 +129,8 @@ class Conv(nn.Module):
       dtype: compute type.
       implementation: of the lowering, one of `lowering.IMPLEMENTATIONS`.
       initializer: of the kernel, one of INITIALIZERS.
+      sum_over: mesh axis over whose devices the input channels are divided, inside
+        `jax.shard_map`: each has its rows of the kernel, the sum of their products is the result.
     """
 
     features: int
@@ -139,6 +141,7 @@ class Conv(nn.Module):
     dtype: jnp.dtype = jnp.float32
     implementation: str = "auto"
     initializer: str = "official"
+    sum_over: str | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -152,6 +155,8 @@ class Conv(nn.Module):
             padding=_pads(self.kernel_size, self.padding),
             implementation=self.implementation,
         )
+        if self.sum_over is not None and not self.is_initializing():
+            x = lax.psum(x, self.sum_over)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
             x = x + bias.astype(self.dtype)

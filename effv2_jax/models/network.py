@@ -7,7 +7,8 @@ import dataclasses
 import difflib
 import functools
 import hashlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import chex
@@ -15,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from effv2_jax.errors import UserError
 from effv2_jax.models import blocks as block_modules
@@ -94,6 +96,9 @@ class EfficientNet(nn.Module):
       remat: recompute each block in the backward pass: less memory, a third more arithmetic.
       lowering: how layers are computed, one of `lowering.IMPLEMENTATIONS`.
       axis_name: mesh axis over which the batch is split, when applied inside `jax.shard_map`.
+      channel_parallel: devices of that axis that divide the inner channels of the last blocks
+        (`channel_parallel_blocks`) in training: each has all images there and its part of the
+        channels, with the variables that belong to them; 1: images are divided everywhere.
       freeze: regular expression; norms whose parameters match it are frozen (`norm.BatchNorm`).
       dtype: compute type; parameters, statistics and logits are float32 always.
     """
@@ -119,6 +124,7 @@ class EfficientNet(nn.Module):
     remat: bool = False
     lowering: str = "auto"
     axis_name: str | None = None
+    channel_parallel: int = 1
     freeze: str = ""
     dtype: Any = jnp.float32
 
@@ -126,6 +132,37 @@ class EfficientNet(nn.Module):
     def block_specs(self) -> tuple[BlockSpec, ...]:
         """One entry per block, scaled."""
         return expand_blocks(self.blocks, width=self.width, depth=self.depth)
+
+    def channel_parallel_blocks(self, images: Sequence[int]) -> range:
+        """Returns which blocks `channel_parallel` divides: the last ones that are wide enough.
+
+        What devices exchange for a block grows with its kernels where they divide the images, with
+        its output where they divide the channels: it is wide if that has few pixels for its
+        channels.
+
+        Args:
+          images: shape of the global batch, [N, H, W, 3].
+        """
+        specs, devices = self.block_specs, self.channel_parallel
+        limit = lowering.choose(self.lowering).channel_parallel_pixels
+
+        def is_wide(spec: BlockSpec, pixels: int) -> bool:
+            divisible = spec.expands and not spec.fused and spec.inner_channels % devices == 0
+            return divisible and pixels <= limit * spec.inner_channels
+
+        pixels = [images[0] * each for each in self.input_pixels(images[1:3])]
+        first = len(specs)
+        while devices > 1 and first and is_wide(specs[first - 1], pixels[first + 1]):
+            first -= 1
+        return range(first, len(specs))
+
+    def input_pixels(self, size: Sequence[int]) -> list[int]:
+        """Returns the pixels of what stem, blocks and head get, of one image of this size."""
+        pixels = []
+        for stride in (2, *(spec.stride for spec in self.block_specs), 1):
+            pixels.append(math.prod(size))
+            size = [-(-side // stride) for side in size]
+        return pixels
 
     @property
     def stem_channels(self) -> int:
@@ -165,8 +202,18 @@ class EfficientNet(nn.Module):
           logits [N, num_classes] float32, or with num_classes=0 pooled features [N, head_channels]
           float32. With endpoints=True a pair of these and a dict by official names: stem, block_0,
           block_0/expansion_output, ..., reduction_1..5, features, head_1x1, pooled_features, head.
+
+        Raises:
+          ValueError: endpoints are asked for in training with `channel_parallel`, where those of
+            the last blocks are parts.
         """
         chex.assert_rank(images, 4)
+        divided = range(0)
+        if train:
+            everywhere = images.shape[0] * self.channel_parallel
+            divided = self.channel_parallel_blocks((everywhere, *images.shape[1:]))
+        if divided and endpoints:
+            raise ValueError("endpoints=True with channel_parallel > 1 in training: set it to 1")
         dropout_rate = self.dropout_rate if dropout_rate is None else dropout_rate
         survival_prob = self.survival_prob if survival_prob is None else survival_prob
         specs = self.block_specs
@@ -175,7 +222,7 @@ class EfficientNet(nn.Module):
             paths=len(specs) if train and not _is_static(survival_prob, (None, 0, 1)) else 0,
             features=self.head_channels if train and not _is_static(dropout_rate, (None, 0)) else 0,
         )
-        parts = self._parts()
+        parts, divided_parts = self._parts(), self._parts(divided=True)
         ends = {}
 
         outer = {key: parts[key] for key in ("conv", "norm", "activation")}
@@ -190,17 +237,22 @@ class EfficientNet(nn.Module):
         for i, spec in enumerate(specs):
             if i + 1 not in only:
                 continue
+            if i in divided[:1]:
+                x, path_noise = self._of_all_devices((x, path_noise))
             cls = block_modules.FusedMBConv if spec.fused else block_modules.MBConv
             survival, noise = None, None
             if path_noise is not None and spec.has_residual:
                 survival, noise = self._survival(i, survival_prob), path_noise[:, i]
-            block = cls(spec=spec, name=f"blocks_{i}", **parts)
+            own = divided_parts if i in divided else parts
+            block = cls(spec=spec, name=f"blocks_{i}", **own)
             if self.remat and not self.is_initializing():
                 x, expansion = recomputed(
                     block, x, survival, noise, train=train, implementation=self.lowering
                 )
             else:
                 x, expansion = block(x, train, survival, noise)
+            if i in divided[-1:]:
+                x = self._of_this_device(x)
             names = [f"block_{i}"]
             if i + 1 == len(specs) or specs[i + 1].stride > 1:
                 reductions += 1
@@ -226,8 +278,27 @@ class EfficientNet(nn.Module):
             )(x)
         return (x, ends) if endpoints else x
 
-    def _parts(self) -> dict[str, Any]:
-        """The layers all blocks are made of, with what is common to them stated once."""
+    def _of_all_devices(self, tree: Any) -> Any:
+        """The values of all images, in their order, from those of each device's images."""
+        if self.is_initializing():
+            return tree
+        return lax.all_gather(tree, self.axis_name, tiled=True)
+
+    def _of_this_device(self, x: Array) -> Array:
+        """The values of this device's images."""
+        if self.is_initializing():
+            return x
+        count = x.shape[0] // self.channel_parallel
+        return lax.dynamic_slice_in_dim(x, lax.axis_index(self.axis_name) * count, count)
+
+    def _parts(self, *, divided: bool = False) -> dict[str, Any]:
+        """The layers all blocks are made of, with what is common to them stated once.
+
+        Args:
+          divided: for blocks whose inner channels the devices divide. No norm there needs another
+            device, as each has all images. A device's gradient is a part of the sum, as elsewhere,
+            for variables that all devices hold; for those of its own channels it is the whole.
+        """
         conv = {
             "padding": self.padding,
             "dtype": self.dtype,
@@ -244,13 +315,15 @@ class EfficientNet(nn.Module):
                 unbiased=self.bn_unbiased,
                 group_size=self.bn_group_size,
                 two_pass=self.bn_two_pass,
-                axis_name=self.axis_name,
+                axis_name=None if divided else self.axis_name,
                 implementation=self.lowering,
                 freeze=self.freeze,
                 dtype=self.dtype,
             ),
             "activation": layers.get_activation(self.activation),
             "implementation": self.lowering,
+            "divide_by": self.channel_parallel if divided else 1,
+            "sum_over": self.axis_name if divided else None,
         }
 
     def _survival(self, index: int, survival_prob: float | Array) -> float | Array:
@@ -348,6 +421,7 @@ def _check(model: EfficientNet) -> None:
         ("bn_momentum", 0, 1),
         ("bn_epsilon", 0, None),
         ("bn_group_size", 0, None),
+        ("channel_parallel", 1, None),
     ):
         value = getattr(model, key)
         if value < low or (high is not None and value > high):

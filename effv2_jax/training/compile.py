@@ -132,8 +132,8 @@ class StepPrograms:
         programs: where they are compiled and kept.
         step: pure function (state, batch, knobs) -> (state, metrics). The state is donated: its
             buffers become those of the new state.
-        state: the state's shapes, dtypes and shardings (arrays or `jax.ShapeDtypeStruct`).
-        batch: (image size in px, global batch size) -> shapes of the batch.
+        state: (image size in px, global batch size) -> shapes, dtypes and shardings of the state.
+        batch: the same of the batch.
         knobs: shapes of the traced values that change with the stage.
     """
 
@@ -142,13 +142,13 @@ class StepPrograms:
         programs: Programs,
         step: Callable[..., Any],
         *,
-        state: Any,
+        state: Callable[[int, int], Any],
         batch: Callable[[int, int], Any],
         knobs: Any,
     ) -> None:
         self._programs = programs
         self._jitted = jax.jit(step, donate_argnums=0)
-        self._state, self._batch, self._knobs = _shapes(state), batch, _shapes(knobs)
+        self._state, self._batch, self._knobs = state, batch, _shapes(knobs)
 
     def prepare(self, image_size: int, batch_size: int) -> None:
         """Starts compiling in the background, unless done or under way."""
@@ -166,7 +166,7 @@ class StepPrograms:
 
     def _lower(self, image_size: int, batch_size: int) -> Callable[[], jax.stages.Lowered]:
         return lambda: self._jitted.lower(
-            self._state, self._batch(image_size, batch_size), self._knobs
+            self._state(image_size, batch_size), self._batch(image_size, batch_size), self._knobs
         )
 
 

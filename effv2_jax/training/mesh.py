@@ -1,8 +1,8 @@
 """The data mesh: which devices train, and how arrays lie on them.
 
 One mesh axis, `data`: the examples of a global batch are split over it, everything else (state,
-knobs) is held by every device. `jax.jit` over a `Mesh` with named shardings, not `pmap`, which is
-deprecated and hides the layout.
+knobs) is held by every device, but what `channel_parallel.py` divides. `jax.jit` over a `Mesh` with
+named shardings, not `pmap`, which is deprecated and hides the layout.
 """
 
 import os
@@ -122,7 +122,7 @@ def check_batch(key: str, batch_size: int, mesh: Mesh) -> None:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Sharding of what every device holds whole: state, knobs, metrics."""
+    """Sharding of what every device holds whole: knobs, metrics, the state at first."""
     return NamedSharding(mesh, PartitionSpec())
 
 

@@ -8,12 +8,14 @@ at, and on which side of the momentum the learning rate is. The learning rate is
     params = optax.apply_updates(params, updates)
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+SquaredNorms = Callable[[optax.Updates], optax.Updates]
 Optimizer = optax.GradientTransformationExtraArgs
 
 NAMES = ("rmsprop", "momentum", "sgd", "adam", "adamw")
@@ -217,19 +219,39 @@ class GradientNorms(NamedTuple):
     largest: jax.Array  # the largest norm of a single gradient
 
 
-def gradient_norms(gradients: optax.Updates) -> GradientNorms:
-    """Returns the norms that the official code reports as gnorm and gnormmax."""
-    squares = jnp.stack([jnp.sum(jnp.square(g)) for g in jax.tree.leaves(gradients)])
+def squared_norms(tree: optax.Updates) -> optax.Updates:
+    """Returns the sum of squares of every array, float32 scalars."""
+    return jax.tree.map(lambda x: jnp.sum(jnp.square(x)), tree)
+
+
+def gradient_norms(
+    gradients: optax.Updates, *, squared_norms: SquaredNorms = squared_norms
+) -> GradientNorms:
+    """Returns the norms that the official code reports as gnorm and gnormmax.
+
+    Args:
+      gradients: of all parameters.
+      squared_norms: says what the squared norm of each is, where a device has only parts.
+    """
+    squares = jnp.stack(jax.tree.leaves(squared_norms(gradients)))
     return GradientNorms(all=jnp.sqrt(jnp.sum(squares)), largest=jnp.sqrt(jnp.max(squares)))
 
 
-def clip_gradients(gradients: optax.Updates, limit: float) -> optax.Updates:
-    """Clips every gradient to norm `limit`, then all together to `limit` (official: main.py)."""
+def clip_gradients(
+    gradients: optax.Updates, limit: float, *, squared_norms: SquaredNorms = squared_norms
+) -> optax.Updates:
+    """Clips every gradient to norm `limit`, then all together to `limit` (official: main.py).
+
+    Args:
+      gradients: of all parameters.
+      limit: its sign does not count.
+      squared_norms: as of `gradient_norms`.
+    """
     limit = abs(limit)
-
-    def clip(g: jax.Array) -> jax.Array:
-        return g * (limit / jnp.maximum(jnp.linalg.norm(g.ravel()), limit))
-
-    clipped = jax.tree.map(clip, gradients)
-    norm = gradient_norms(clipped).all
+    clipped = jax.tree.map(
+        lambda g, square: g * (limit / jnp.maximum(jnp.sqrt(square), limit)),
+        gradients,
+        squared_norms(gradients),
+    )
+    norm = gradient_norms(clipped, squared_norms=squared_norms).all
     return jax.tree.map(lambda g: g * (limit / jnp.maximum(norm, limit)), clipped)

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Mapping
@@ -15,8 +16,8 @@ from effv2_jax import startup
 from effv2_jax.data.device import to_device
 from effv2_jax.data.loader import train_batches
 from effv2_jax.errors import UserError
+from effv2_jax.training import channel_parallel, plan, products, setup
 from effv2_jax.training import mesh as meshes
-from effv2_jax.training import plan, products, setup
 from effv2_jax.training.checkpoint import Checkpoints
 from effv2_jax.training.compile import Program, Programs, StepPrograms, device_bytes
 from effv2_jax.training.evaluate import Evaluator
@@ -91,7 +92,7 @@ class Run:
         self._steps = StepPrograms(
             self._programs,
             make_train_step(model, recipe, mesh=mesh),
-            state=setup.state_shapes(parts),
+            state=functools.partial(parts.train_state, setup.state_shapes(parts)),
             batch=parts.train_batch,
             knobs=self._knobs(parts.stages[0]),
         )
@@ -168,6 +169,8 @@ class Run:
         before = self._parts.stages[max(0, stage.index - 1)]
         if (before.image_size, before.batch_size) != (stage.image_size, stage.batch_size):
             startup.release_freed_memory()  # its steps needed a block of another size
+        shardings = self._parts.state_shardings(state, stage.image_size, stage.batch_size)
+        state = channel_parallel.move(state, shardings)
         knobs = self._knobs(stage)
         trace = StageTrace(self._config.runtime.profile, stage, start_step=self.step)
         self._logger.begin_stage(stage, plan.strengths(stage, self._parts.recipe.images.policy))
@@ -222,7 +225,9 @@ class Run:
         alone = jax.process_count() == 1  # else all would have to give up at the same batch
         with self._logger.paused():
             results = self._evaluator(
-                setup.evaluated_variables(self._config, state),
+                channel_parallel.whole(
+                    setup.evaluated_variables(self._config, state), self._parts.mesh
+                ),
                 stop=lambda: alone and self._stop.requested,
             )
         if results is None:

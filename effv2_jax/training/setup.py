@@ -20,6 +20,7 @@ from effv2_jax.data.sources import open_source
 from effv2_jax.errors import UserError
 from effv2_jax.models.network import create_model, init_variables
 from effv2_jax.models.variants import get_variant
+from effv2_jax.training import channel_parallel
 from effv2_jax.training import mesh as meshes
 from effv2_jax.training.progressive import Stage, make_stages, resolve_image_size
 from effv2_jax.training.recipe import Recipe, make_recipe
@@ -76,8 +77,8 @@ class Setup:
 
     @property
     def mesh_model(self) -> nn.Module:
-        """The network as the steps use it: BatchNorm and noise know the mesh axis."""
-        return self.model.clone(axis_name=meshes.AXIS)
+        """The network as the steps use it: it knows the mesh axis and its part on a device."""
+        return channel_parallel.for_mesh(self.model, self.mesh)
 
     def train_batch(self, image_size: int, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns the shapes of a training batch, split over the mesh."""
@@ -88,6 +89,20 @@ class Setup:
         batch = self._batch(batch_size, (self.eval_size, self.eval_size, 3), np.float32)
         sharding = meshes.batch_sharding(self.mesh)
         return {**batch, "mask": jax.ShapeDtypeStruct((batch_size,), np.float32, sharding=sharding)}
+
+    def state_shardings(self, state: TrainState, image_size: int, batch_size: int) -> TrainState:
+        """Returns how a state (arrays or shapes) lies on the mesh for batches of this size."""
+        images = (batch_size, image_size, image_size, 3)
+        blocks = self.mesh_model.channel_parallel_blocks(images)
+        return channel_parallel.shardings(state, blocks, self.mesh)
+
+    def train_state(self, state: TrainState, image_size: int, batch_size: int) -> TrainState:
+        """Returns the shapes of a state, lying as the steps with batches of this size want it."""
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            state,
+            self.state_shardings(state, image_size, batch_size),
+        )
 
     def _batch(
         self, size: int, image: tuple[int, int, int], dtype: Any
@@ -141,7 +156,7 @@ def prepare(config: ConfigDict) -> Setup:
 
 
 def state_shapes(setup: Setup) -> TrainState:
-    """Returns the state's shapes, dtypes and shardings, without computing anything."""
+    """Returns the shapes and dtypes of the state, replicated, without computing anything."""
     size = setup.stages[0].image_size
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     variables = jax.eval_shape(setup.model.init, jax.random.key(0), images)
@@ -153,7 +168,7 @@ def state_shapes(setup: Setup) -> TrainState:
 
 
 def initial_state(setup: Setup) -> TrainState:
-    """Returns the state before the first step, on the devices of the mesh.
+    """Returns the state before the first step, replicated on the devices of the mesh.
 
     Raises:
         UserError: init.weights names weights that fit neither the network nor the data.
@@ -196,10 +211,11 @@ def nonfinite_leaf(state: TrainState) -> str | None:
     for path, leaf in jax.tree.leaves_with_path(state):
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
             continue
-        values = np.asarray(leaf.addressable_data(0))
-        # The sum is ten times faster; it overflows for finite values only if they are absurd.
-        if not np.isfinite(np.sum(values)) and not np.isfinite(values).all():
-            return jax.tree_util.keystr(path, simple=True, separator="/")
+        shards = leaf.addressable_shards[: 1 if leaf.is_fully_replicated else None]
+        for values in (np.asarray(shard.data) for shard in shards):
+            # The sum is ten times faster; it overflows for finite values only if they are absurd.
+            if not np.isfinite(np.sum(values)) and not np.isfinite(values).all():
+                return jax.tree_util.keystr(path, simple=True, separator="/")
     return None
 
 

@@ -3,9 +3,12 @@
 Every device computes the loss of its part of the global batch divided by the number of devices,
 and its gradient; the sum over the devices is the gradient of the mean over the global batch. The
 weight decay depends on no example and is added once, after that sum. State and metrics are
-replicated. All that changes between stages but the shapes is a traced argument (the knobs).
+replicated; but where the devices divide blocks by channels (`channel_parallel.py`) the state of
+those channels is one device's own, and its gradient is whole without a sum. All that changes
+between stages but the shapes is a traced argument (the knobs).
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -24,7 +27,7 @@ from effv2_jax.models.infer import infer
 from effv2_jax.models.layers import example_keys
 from effv2_jax.models.lowering import all_reduce
 from effv2_jax.models.network import EfficientNet
-from effv2_jax.training import optimizers
+from effv2_jax.training import channel_parallel, optimizers
 from effv2_jax.training.ema import ema_decay, update_ema
 from effv2_jax.training.losses import example_losses
 from effv2_jax.training.mesh import AXIS
@@ -95,32 +98,36 @@ def make_train_step(
     """Builds the training step.
 
     Args:
-      model: network with axis_name="data", so that BatchNorm sees the global batch.
+      model: network as of `channel_parallel.for_mesh`, or with axis_name="data".
       recipe: of the run.
       mesh: one axis, "data".
 
     Returns:
-      A pure function (state, batch, knobs) -> (state, metrics), not yet compiled; state and
-      metrics are replicated. batch: "image" uint8 [N, S, S, 3] (float32 means: already
-      normalised, neither flipped nor augmented) and "label" int32 [N] or float32 [N, C]; N is
-      global and divisible by the mesh. knobs: see `stage_knobs`. metrics, float32 scalars:
-      loss (with L2), xent (without), l2, lr, weight_decay, grad_norm and grad_norm_max before
-      clipping, top1 of the training batch (the best class has the largest label, however
-      labels are mixed), finite (1 or 0). A step whose loss or gradient is not
-      finite leaves everything but `step` and `skipped` as it was.
+      A pure function (state, batch, knobs) -> (state, metrics), not yet compiled; metrics are
+      replicated, the state lies as `channel_parallel.shardings` says for such a batch. batch:
+      "image" uint8 [N, S, S, 3] (float32 means: already normalised, neither flipped nor augmented)
+      and "label" int32 [N] or float32 [N, C]; N is global and divisible by the mesh. knobs: see
+      `stage_knobs`. metrics, float32 scalars: loss (with L2), xent (without), l2, lr,
+      weight_decay, grad_norm and grad_norm_max before clipping, top1 of the training batch (the
+      best class has the largest label, however labels are mixed), finite (1 or 0). A step whose
+      loss or gradient is not finite leaves everything but `step` and `skipped` as it was.
     """
     if recipe.freeze:
         model = model.clone(freeze=recipe.freeze)
 
     def local_step(state: TrainState, batch: Batch, knobs: Knobs) -> tuple[TrainState, Metrics]:
         result = local_gradients(model, recipe, state, batch, knobs)
-        norms = optimizers.gradient_norms(result.gradients)
+        squared_norms = functools.partial(
+            channel_parallel.squared_norms, blocks=_divided_blocks(model, batch)
+        )
+        norms = optimizers.gradient_norms(result.gradients, squared_norms=squared_norms)
         new = apply_gradients(
             state,
             result.gradients,
             result.batch_stats,
             learning_rate=result.metrics["lr"],
             recipe=recipe,
+            squared_norms=squared_norms,
         )
         finite = jnp.isfinite(result.metrics["loss"]) & jnp.isfinite(norms.all)
         kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
@@ -133,17 +140,22 @@ def make_train_step(
         skipped = state.skipped + jnp.where(finite, 0, 1)
         return kept.replace(step=state.step + 1, skipped=skipped), metrics
 
-    return jax.shard_map(
-        local_step,
-        mesh=mesh,
-        in_specs=(PartitionSpec(), PartitionSpec(AXIS), PartitionSpec()),
-        out_specs=PartitionSpec(),
-        check_vma=False,
-    )
+    def train_step(state: TrainState, batch: Batch, knobs: Knobs) -> tuple[TrainState, Metrics]:
+        blocks = model.channel_parallel_blocks(batch["image"].shape)
+        specs = channel_parallel.partition_specs(state, blocks)
+        return jax.shard_map(
+            local_step,
+            mesh=mesh,
+            in_specs=(specs, PartitionSpec(AXIS), PartitionSpec()),
+            out_specs=(specs, PartitionSpec()),
+            check_vma=False,
+        )(state, batch, knobs)
+
+    return train_step
 
 
 class Gradients(NamedTuple):
-    """Of the global batch's loss; the same on every device."""
+    """Of the global batch's loss; the same on every device, but for parts of divided variables."""
 
     gradients: Any  # as the parameters; 0 for frozen ones
     batch_stats: Any  # after the batch
@@ -188,11 +200,16 @@ def local_gradients(
     )
     best = jnp.argmax(logits, -1, keepdims=True)
     hits = jnp.take_along_axis(labels, best, -1)[:, 0] >= jnp.max(labels, -1)
-    gradients, xent, hits = all_reduce.psum(
-        (gradients, xent, jnp.sum(hits, dtype=jnp.float32)),
+    blocks = _divided_blocks(model, batch)
+    divided = channel_parallel.is_divided(gradients, blocks)
+    # None, which is no leaf, in the place of those that are whole already.
+    summed = jax.tree.map(lambda g, own: None if own else g, gradients, divided)
+    summed, xent, hits = all_reduce.psum(
+        (summed, xent, jnp.sum(hits, dtype=jnp.float32)),
         AXIS,
         joined_bytes=lowering.choose(model.lowering).joined_bytes,
     )
+    gradients = jax.tree.map(lambda g, own, total: g if own else total, gradients, divided, summed)
 
     schedule_step = knobs["schedule_start"] + knobs["schedule_scale"] * (
         state.step - knobs["stage_start_step"]
@@ -202,7 +219,11 @@ def local_gradients(
     l2 = jnp.float32(0)
     if recipe.weight_decay:  # or two passes over all parameters would add nothing
         l2, gradients = add_weight_decay(
-            gradients, state.params, decay=decay, mask=decay_mask(recipe, state.params)
+            gradients,
+            state.params,
+            decay=decay,
+            mask=decay_mask(recipe, state.params),
+            squared_norms=functools.partial(channel_parallel.squared_norms, blocks=blocks),
         )
     metrics = {
         "loss": xent + l2,
@@ -213,6 +234,12 @@ def local_gradients(
         "top1": hits / global_batch,
     }
     return Gradients(gradients, batch_stats, metrics)
+
+
+def _divided_blocks(model: EfficientNet, batch: Batch) -> range:
+    """The blocks that the devices divide by channels, from a device's part of the batch."""
+    images, *rest = batch["image"].shape
+    return model.channel_parallel_blocks((images * model.channel_parallel, *rest))
 
 
 def step_keys(seed: jax.typing.ArrayLike, step: jax.Array) -> dict[str, jax.Array]:
@@ -279,12 +306,19 @@ def class_labels(labels: jax.Array, num_classes: int) -> jax.Array:
 
 
 def add_weight_decay(
-    gradients: Any, params: Any, *, decay: jax.Array, mask: Any
+    gradients: Any,
+    params: Any,
+    *,
+    decay: jax.Array,
+    mask: Any,
+    squared_norms: optimizers.SquaredNorms = optimizers.squared_norms,
 ) -> tuple[jax.Array, Any]:
     """Returns the L2 loss, decay * sum(p^2) / 2 over the masked parameters, and new gradients."""
     squares = [
-        jnp.sum(jnp.square(p)) / 2
-        for p, decays in zip(jax.tree.leaves(params), jax.tree.leaves(mask), strict=True)
+        square / 2
+        for square, decays in zip(
+            jax.tree.leaves(squared_norms(params)), jax.tree.leaves(mask), strict=True
+        )
         if decays
     ]
     gradients = jax.tree.map(
@@ -300,10 +334,13 @@ def apply_gradients(
     *,
     learning_rate: jax.Array,
     recipe: Recipe,
+    squared_norms: optimizers.SquaredNorms = optimizers.squared_norms,
 ) -> TrainState:
     """Clips, updates the parameters and then their average; `step` counts one more."""
     if recipe.gradient_clip:
-        gradients = optimizers.clip_gradients(gradients, recipe.gradient_clip)
+        gradients = optimizers.clip_gradients(
+            gradients, recipe.gradient_clip, squared_norms=squared_norms
+        )
     optimizer = make_optimizer(recipe, state.params)
     updates, opt_state = optimizer.update(
         gradients, state.opt_state, state.params, learning_rate=learning_rate

@@ -53,6 +53,9 @@ class Lowering:
             images.
         joined_bytes: arrays of at most so many bytes are summed over the devices as one, see
             `all_reduce.psum`.
+        channel_parallel_pixels: a block of so many pixels (of all images) for each inner channel,
+            or less, is divided over the devices by channels instead of images, see
+            `EfficientNet.channel_parallel`; 0: none is.
     """
 
     dense: _Form
@@ -64,6 +67,7 @@ class Lowering:
     after: Callable[[jax.Array, jax.Array], jax.Array] = ordering.arithmetic
     pixels_at_once: int | None = None
     joined_bytes: int = 0
+    channel_parallel_pixels: float = 0
 
     def images_at_once(self, count: int, pixels: int) -> int:
         """Returns how many of the images of a batch pass a layer together in inference.
@@ -96,6 +100,8 @@ _CPU = Lowering(
     pixels_at_once=1024,
     # V2-B0's 481 waits of a step become 179; to join larger arrays costs what is left to gain.
     joined_bytes=2**16,
+    # Up to here more is saved with the kernels' gradients and updates than whole maps cost.
+    channel_parallel_pixels=2,
 )
 _TPU = replace(_PLAIN, after=ordering.barrier)
 _GPU = replace(_TPU, dense=gpu_dense.dense, norm=gpu_norm.norm, stored=gpu_norm.stored)

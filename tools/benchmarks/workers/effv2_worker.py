@@ -4,6 +4,7 @@ The programs are those of a run (`training/step.py`), with its process settings,
 the data mesh. Inference is from uint8 pictures to logits. Images and labels are random and valid.
 """
 
+import dataclasses
 import importlib
 import os
 import sys
@@ -133,6 +134,7 @@ def _training(task: Mapping[str, Any], mesh: Any) -> tuple[Run, Any, int]:
     """The training step of a run: of a named recipe, or of a stage of a config."""
     import jax
 
+    from effv2_jax.training import channel_parallel
     from effv2_jax.training import compile as programs
     from effv2_jax.training import mesh as meshes
     from effv2_jax.training.step import make_train_step, stage_knobs
@@ -142,6 +144,8 @@ def _training(task: Mapping[str, Any], mesh: Any) -> tuple[Run, Any, int]:
     else:
         model, recipe, stage, state = _of_recipe(task, mesh)
     batch = {"image": _images(task), "label": _labels(task, recipe)}
+    blocks = model.channel_parallel_blocks(batch["image"].shape)
+    state = channel_parallel.move(state, channel_parallel.shardings(state, blocks, mesh))
     batch = jax.device_put(batch, meshes.batch_sharding(mesh))
     knobs = jax.device_put(stage_knobs(stage, recipe, seed=0), meshes.replicated(mesh))
     step = jax.jit(make_train_step(model, recipe, mesh=mesh), donate_argnums=0)
@@ -183,21 +187,22 @@ def _of_config(task: Mapping[str, Any], mesh: Any) -> tuple[Any, Any, Any, Any]:
     configured = importlib.import_module("configured")
     config = configured.load(task["config"], devices=mesh.size, overrides=task["overrides"])
     parts = setup.prepare(config)
-    model = parts.mesh_model.clone(**_forms(task))
-    return model, parts.recipe, parts.stages[task["stage"]], setup.initial_state(parts)
+    parts = dataclasses.replace(parts, model=parts.model.clone(**_forms(task)))
+    return parts.mesh_model, parts.recipe, parts.stages[task["stage"]], setup.initial_state(parts)
 
 
 def _of_recipe(task: Mapping[str, Any], mesh: Any) -> tuple[Any, Any, Any, Any]:
     import jax
 
     from effv2_jax.models.network import init_variables
+    from effv2_jax.training import channel_parallel
     from effv2_jax.training import mesh as meshes
     from effv2_jax.training.progressive import plan_stages
     from effv2_jax.training.step import create_state
 
     plain = task["recipe"] == "plain"
     overrides = {"dropout_rate": 0.0, "survival_prob": 1.0} if plain else {}
-    model = _network(task, axis_name=meshes.AXIS, **overrides)
+    model = channel_parallel.for_mesh(_network(task, **overrides), mesh)
     recipe = _recipe(task["recipe"], task)
     (stage,) = plan_stages(
         num_examples=10**6 * task["batch"],
