@@ -48,9 +48,9 @@ from effv2_jax.models.network import EfficientNet, create_model
 from effv2_jax.models.variants import get_variant
 
 # How a network is computed or trained, not what it is.
-_NOT_SAVED = ("variant", "num_classes", "dtype", "remat", "lowering", "axis_name",
-              "channel_parallel", "survival_fn", "initializer", "bn_group_size", "bn_two_pass",
-              "freeze", "parent", "name")  # fmt: skip
+_NOT_SAVED = ("variant", "num_classes", "dtype", "remat", "remat_blocks", "lowering",
+              "axis_name", "channel_parallel", "survival_fn", "initializer", "bn_group_size",
+              "bn_two_pass", "freeze", "parent", "name")  # fmt: skip
 
 
 def save_weights(

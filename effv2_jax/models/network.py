@@ -94,6 +94,7 @@ class EfficientNet(nn.Module):
       initializer: how kernels are drawn, "official" or "fan_in" (`layers.initial_kernel`).
       padding: "SAME" (TensorFlow) or "SYMMETRIC" (PyTorch).
       remat: recompute each block in the backward pass: less memory, a third more arithmetic.
+      remat_blocks: only the first so many, which have the largest maps; 0: all.
       lowering: how layers are computed, one of `lowering.IMPLEMENTATIONS`.
       axis_name: mesh axis over which the batch is split, when applied inside `jax.shard_map`.
       channel_parallel: devices of that axis that divide the inner channels of the last blocks
@@ -122,6 +123,7 @@ class EfficientNet(nn.Module):
     initializer: str = "official"
     padding: str = "SAME"
     remat: bool = False
+    remat_blocks: int = 0
     lowering: str = "auto"
     axis_name: str | None = None
     channel_parallel: int = 1
@@ -245,7 +247,8 @@ class EfficientNet(nn.Module):
                 survival, noise = self._survival(i, survival_prob), path_noise[:, i]
             own = divided_parts if i in divided else parts
             block = cls(spec=spec, name=f"blocks_{i}", **own)
-            if self.remat and not self.is_initializing():
+            again = self.remat and i < (self.remat_blocks or len(specs))
+            if again and not self.is_initializing():
                 x, expansion = recomputed(
                     block, x, survival, noise, train=train, implementation=self.lowering
                 )
@@ -421,6 +424,7 @@ def _check(model: EfficientNet) -> None:
         ("bn_momentum", 0, 1),
         ("bn_epsilon", 0, None),
         ("bn_group_size", 0, None),
+        ("remat_blocks", 0, None),
         ("channel_parallel", 1, None),
     ):
         value = getattr(model, key)

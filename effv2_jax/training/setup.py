@@ -34,6 +34,7 @@ _MODEL_OVERRIDES = (
     "activation",
     "survival_prob",
     "remat",
+    "remat_blocks",
     "bn_momentum",
     "bn_epsilon",
     "bn_group_size",

@@ -112,7 +112,12 @@ def test_changed_networks_come_back(tmp_path, overrides):
 
 def test_how_it_is_computed_is_not_part_of_the_weights(tmp_path, model, variables):
     fast = model.clone(
-        dtype=jnp.bfloat16, remat=True, lowering="plain", axis_name="data", channel_parallel=2
+        dtype=jnp.bfloat16,
+        remat=True,
+        remat_blocks=1,
+        lowering="plain",
+        axis_name="data",
+        channel_parallel=2,
     )
     save_weights(tmp_path / "w.safetensors", fast, variables, {})
     assert load_weights(tmp_path / "w.safetensors")[0] == model

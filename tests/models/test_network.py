@@ -192,6 +192,22 @@ def test_remat_keeps_the_inputs_of_the_blocks_alone(form, devices):
     assert temporaries(True) < 0.5 * temporaries(False)
 
 
+def test_remat_of_the_first_blocks_lies_between_none_and_all():
+    def recomputed(**overrides):
+        model = _model(**overrides)
+        run = functools.partial(_train, model)
+        text = jax.make_jaxpr(run)(_variables(), _images(), jax.random.key(0))
+        return str(text).count("conv_general_dilated")
+
+    none, one, every = (
+        recomputed(**how) for how in ({}, {"remat": True, "remat_blocks": 1}, {"remat": True})
+    )
+    assert none < one < every
+    arguments = (_variables(), _images(), jax.random.key(1), jnp.float32(0.3), jnp.float32(0.6))
+    found = _trained(remat=True, remat_blocks=1)(*arguments)
+    _assert_trees_close(found, _trained()(*arguments), rtol=1e-5)
+
+
 def test_survival_falls_linearly_as_in_the_official_network():
     for name in ("efficientnetv2-s", "efficientnet-b3"):
         rows = reference.model_facts(name)["blocks"]

@@ -7,14 +7,9 @@ from typing import Any
 
 from benchmarks import contest
 from effv2_jax.command import check_output
-from effv2_jax.config import CHOICES
 from effv2_jax.errors import UserError
 
 DTYPES = ("float32", "bfloat16")
-LOWERINGS = CHOICES["model.lowering"]
-# A form with this behind it computes each block again in the backward pass (`model.remat`).
-REMAT = "+remat"
-FORMS = (*LOWERINGS, *(name + REMAT for name in LOWERINGS))
 
 
 def several(kind: type) -> Callable[[str], list[Any]]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from benchmarks import arguments as shared
-from benchmarks import contest, counts, own
+from benchmarks import contest, counts, forms, own
 from benchmarks.results import Record, Results, describe_machine
 from effv2_jax.command import Parser, say
 
@@ -59,7 +59,7 @@ def run(arguments: Sequence[str]) -> None:
     shared.add_measuring(parser)
     parser.set_defaults(seconds=0.2)
     flags = parser.parse_args(arguments)
-    shared.check_choice("--lowering", flags.lowering, shared.LOWERINGS)
+    shared.check_choice("--lowering", flags.lowering, forms.LOWERINGS)
     shared.check(flags)
     measure(flags, Results(flags.json, None, resume=flags.resume))
 

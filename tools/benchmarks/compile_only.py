@@ -22,8 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import memory
-from benchmarks.arguments import FORMS, REMAT, check_choice
+from benchmarks import forms, memory
 from benchmarks.compiled_program import count
 from benchmarks.results import OWN
 from benchmarks.targets import TARGETS, Target, check_plugin, topology_mesh
@@ -114,8 +113,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--lowering",
         type=several(str),
         default=["auto"],
-        help="forms of the operations, separated by commas: auto, plain, gpu (auto), each with "
-        f"{REMAT} behind it to recompute blocks",
+        help=f"forms of the operations, separated by commas: {forms.TEXT}",
     )
     add("--config", default=None, help="a recipe: its model, its training step, its stages' sizes")
     add("--devices", type=positive, default=None, help="of the mesh (h200: 1, v5e: 4)")
@@ -136,7 +134,7 @@ def _cases(flags: argparse.Namespace) -> "tuple[list[Case], Recipe]":
     from effv2_jax.training.recipe import Recipe
     from effv2_jax.training.schedules import make_schedule
 
-    check_choice("--lowering", flags.lowering, FORMS)
+    forms.check("--lowering", flags.lowering)
     get_variant(flags.model)
     model, sizes = flags.model, flags.image_size
     recipe = Recipe(
@@ -147,10 +145,10 @@ def _cases(flags: argparse.Namespace) -> "tuple[list[Case], Recipe]":
     )
     if flags.config is not None:
         model, sizes, recipe = _configured(flags.config)
-    forms = [form.replace("auto", TARGETS[flags.target].lowering) for form in flags.lowering]
+    asked = [form.replace("auto", TARGETS[flags.target].lowering) for form in flags.lowering]
     cases = [
         Case(model=model, image_size=size, batch=batch, dtype=flags.dtype, lowering=form)
-        for size, form, batch in itertools.product(sizes, forms, sorted(set(flags.batch)))
+        for size, form, batch in itertools.product(sizes, asked, sorted(set(flags.batch)))
     ]
     return cases, recipe
 
@@ -265,8 +263,7 @@ def _lower(
     make = functools.partial(create_model, case.model, _NUM_CLASSES, dtype=jnp.dtype(case.dtype))
     if not recipe.ema_decay:  # the plain recipe: the network alone
         make = functools.partial(make, dropout_rate=0.0, survival_prob=1.0)
-    lowering, _, remat = case.lowering.partition("+")
-    model = make(lowering=lowering, axis_name=meshes.AXIS, remat=bool(remat) or None)
+    model = make(axis_name=meshes.AXIS, **forms.overrides(case.lowering))
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     variables = jax.eval_shape(make(lowering="plain").init, jax.random.key(0), images)
     total = case.batch * mesh.size

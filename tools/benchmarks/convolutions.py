@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from benchmarks import arguments as shared
-from benchmarks import contest, counts, own
+from benchmarks import contest, counts, forms, own
 from benchmarks.results import OWN, Record, Results, describe_machine
 from effv2_jax.command import Parser
 
@@ -34,7 +34,7 @@ def run(arguments: Sequence[str]) -> None:
     parser.set_defaults(seconds=0.05)
     flags = parser.parse_args(arguments)
     shared.check_choice("--kind", flags.kind, KINDS)
-    shared.check_choice("--lowering", flags.lowering, shared.LOWERINGS)
+    shared.check_choice("--lowering", flags.lowering, forms.LOWERINGS)
     shared.check(flags)
     results = Results(flags.json, None, resume=flags.resume)
     for count, name, size, batch, dtype in itertools.product(

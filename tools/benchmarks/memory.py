@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import arguments as shared
-from benchmarks import contest, own, peers
+from benchmarks import contest, forms, own, peers
 from benchmarks.results import OWN, Case, Record, Results
 from effv2_jax.command import Parser, say
 from effv2_jax.errors import UserError
@@ -28,15 +28,13 @@ def run(arguments: Sequence[str]) -> None:
     """
     parser = Parser(__doc__, prog="tools/benchmark.py memory")
     shared.add_cases(parser, batches="16,32")
-    shared.add_list(
-        parser, "--lowering", "auto", text="auto, auto+remat and others of the part step"
-    )
+    shared.add_list(parser, "--lowering", "auto", text=forms.TEXT)
     shared.add_list(parser, "--mode", "train", text="train, infer")
     shared.add_list(parser, "--peer", "", text="timm, torchvision; on an accelerator only")
     parser.add_argument("--peer-python", default="", metavar="PATH", help="as of the part step")
     shared.add_measuring(parser)
     flags = parser.parse_args(arguments)
-    shared.check_choice("--lowering", flags.lowering, shared.FORMS)
+    forms.check("--lowering", flags.lowering)
     shared.check_choice("--mode", flags.mode, ("train", "infer"))
     shared.check_choice("--peer", flags.peer, ("timm", "torchvision"))
     shared.check(flags)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import arguments as shared
-from benchmarks import contest, counts, own
+from benchmarks import contest, counts, forms, own
 from benchmarks.results import Case, Record, Results, describe_machine
 from effv2_jax.command import Parser, say
 
@@ -43,7 +43,7 @@ def run(arguments: Sequence[str]) -> None:
     shared.add_measuring(parser)
     flags = parser.parse_args(arguments)
     shared.check_choice("--mode", flags.mode, _MODES)
-    shared.check_choice("--lowering", flags.lowering, shared.LOWERINGS)
+    shared.check_choice("--lowering", flags.lowering, forms.LOWERINGS)
     shared.check(flags)
     measure(flags, Results(flags.json, None, resume=flags.resume))
 

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import arguments as shared
-from benchmarks import configured, contest, counts, own, peers
+from benchmarks import configured, contest, counts, forms, own, peers
 from benchmarks.results import Case, Results, describe_machine, records, settings, table
 from effv2_jax.command import Parser, check_output, say
 from effv2_jax.errors import UserError
 
 _MODES = ("train", "infer")
 _RECIPES = ("plain", "official")
-_FORMS = f"auto, plain, cpu, gpu, each with {shared.REMAT} behind it to recompute blocks"
 
 _EPILOG = """\
 examples:
@@ -105,7 +104,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def add_flags(parser: Parser, *, peers_default: str = "") -> None:
     """Adds all flags but those of what is measured."""
     add_list, add = shared.add_list, parser.add_argument
-    add_list(parser, "--lowering", "auto", text=f"compared in turns: {_FORMS}")
+    add_list(parser, "--lowering", "auto", text=f"compared in turns: {forms.TEXT}")
     add_list(parser, "--mode", "train,infer", text="which steps")
     add_list(parser, "--peer", peers_default, text=f"compared in turns: {', '.join(peers.PEERS)}")
     add("--peer-python", default="", metavar="PATH", help="interpreter, or PEER=PATH,PEER=PATH")
@@ -123,11 +122,11 @@ def read_flags(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
     """Reads the flags and refuses values that nothing could be measured with."""
     flags = parser.parse_args(arguments)
     for flag, values, allowed in (
-        ("--lowering", flags.lowering, shared.FORMS),
         ("--mode", flags.mode, _MODES),
         ("--peer", flags.peer, tuple(peers.PEERS)),
     ):
         shared.check_choice(flag, values, allowed)
+    forms.check("--lowering", flags.lowering)
     shared.check(flags)
     if flags.recipe != "plain" and flags.peer:
         raise UserError(

@@ -77,9 +77,8 @@ def _network(task: Mapping[str, Any], **overrides: Any) -> Any:
 
 
 def _forms(task: Mapping[str, Any]) -> dict[str, Any]:
-    """Attributes of the network for a form such as "auto" or "auto+remat"."""
-    lowering, _, remat = task["lowering"].partition("+")
-    return {"lowering": lowering} | ({"remat": True} if remat else {})
+    """Attributes of the network for the form that the task names."""
+    return importlib.import_module("forms").overrides(task["lowering"])
 
 
 def _images(task: Mapping[str, Any]) -> Any:
@@ -183,7 +182,6 @@ def _one_ahead(results: Iterator[Any]) -> None:
 def _of_config(task: Mapping[str, Any], mesh: Any) -> tuple[Any, Any, Any, Any]:
     from effv2_jax.training import setup
 
-    sys.path.append(str(Path(__file__).parent.parent))
     configured = importlib.import_module("configured")
     config = configured.load(task["config"], devices=mesh.size, overrides=task["overrides"])
     parts = setup.prepare(config)
@@ -256,6 +254,7 @@ def _device_bytes() -> int | None:
 
 
 if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).parent.parent))
     TUNING = startup.tune(sys.argv, enabled="--no-tune" not in sys.argv)
     # Before memory is first looked at.
     importlib.import_module("effv2_jax.training.step")
