@@ -1,5 +1,6 @@
 """The forms written for XLA's CPU backend against XLA's own convolutions."""
 
+import dataclasses
 import functools
 import re
 
@@ -296,8 +297,10 @@ def test_the_table_decides_by_backend(monkeypatch):
     [(192, 8, 1), (24, 8, 1), (16, 32, 4), (12, 16, 4), (12, 32, 4), (12, 24, 6), (12, 22, 22)]
     + [(19, 8, 2), (10, 16, 8), (6, 32, 16), (6, 64, 16), (6, 8, 8), (192, 1, 1), (24, 0, 0)],
 )
-def test_cpus_take_a_few_images_at_a_time_in_inference(side, count, at_once):
-    assert lowering.choose("cpu").images_at_once(count, side * side) == at_once
+def test_a_few_images_at_a_time_in_inference_on_cpus(side, count, at_once):
+    assert lowering.choose("cpu").pixels_at_once
+    forms = dataclasses.replace(lowering.choose("cpu"), pixels_at_once=1024)
+    assert forms.images_at_once(count, side * side) == at_once
     assert lowering.choose("gpu").images_at_once(count, side * side) == count
 
 
