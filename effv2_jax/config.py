@@ -81,7 +81,6 @@ _RANGES: dict[str, _Rule] = {
     "model.bn_momentum": _share(one=False),
     "model.bn_epsilon": _above(0),
     "model.bn_group_size": _at_least(0),
-    "model.remat_blocks": _at_least(0),
     "data.eval_fraction": _share(one=False),
     "data.num_examples": _at_least(1),
     "data.crop_area": _pair(high=1),

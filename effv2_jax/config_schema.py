@@ -37,7 +37,7 @@ def base_config() -> ConfigDict:
         "survival_prob": _float(),       # of the last block; None: the variant's; 1: no drop path
         "dtype": "auto",                 # auto (bfloat16 on GPU and TPU), float32, bfloat16
         "remat": False,                  # recompute each block in the backward pass: less memory
-        "remat_blocks": 0,               # of them the first so many, the largest; 0: all
+        "remat_fused": True,             # FusedMBConv too; False: MBConv alone, costs less time
         "bn_momentum": 0.9,
         "bn_epsilon": _float(),          # added to variances; None: the variant's
         "padding": _text(),              # SAME (TensorFlow), SYMMETRIC (PyTorch); None: variant's

@@ -94,7 +94,8 @@ class EfficientNet(nn.Module):
       initializer: how kernels are drawn, "official" or "fan_in" (`layers.initial_kernel`).
       padding: "SAME" (TensorFlow) or "SYMMETRIC" (PyTorch).
       remat: recompute each block in the backward pass: less memory, a third more arithmetic.
-      remat_blocks: only the first so many, which have the largest maps; 0: all.
+      remat_fused: FusedMBConv too, whose 3x3 convolutions cost most for the memory they give back;
+        False: MBConv alone.
       lowering: how layers are computed, one of `lowering.IMPLEMENTATIONS`.
       axis_name: mesh axis over which the batch is split, when applied inside `jax.shard_map`.
       channel_parallel: devices of that axis that divide the inner channels of the last blocks
@@ -123,7 +124,7 @@ class EfficientNet(nn.Module):
     initializer: str = "official"
     padding: str = "SAME"
     remat: bool = False
-    remat_blocks: int = 0
+    remat_fused: bool = True
     lowering: str = "auto"
     axis_name: str | None = None
     channel_parallel: int = 1
@@ -247,7 +248,7 @@ class EfficientNet(nn.Module):
                 survival, noise = self._survival(i, survival_prob), path_noise[:, i]
             own = divided_parts if i in divided else parts
             block = cls(spec=spec, name=f"blocks_{i}", **own)
-            again = self.remat and i < (self.remat_blocks or len(specs))
+            again = self.remat and (self.remat_fused or not spec.fused)
             if again and not self.is_initializing():
                 x, expansion = recomputed(
                     block, x, survival, noise, train=train, implementation=self.lowering
@@ -424,7 +425,6 @@ def _check(model: EfficientNet) -> None:
         ("bn_momentum", 0, 1),
         ("bn_epsilon", 0, None),
         ("bn_group_size", 0, None),
-        ("remat_blocks", 0, None),
         ("channel_parallel", 1, None),
     ):
         value = getattr(model, key)

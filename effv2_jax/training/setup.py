@@ -34,7 +34,7 @@ _MODEL_OVERRIDES = (
     "activation",
     "survival_prob",
     "remat",
-    "remat_blocks",
+    "remat_fused",
     "bn_momentum",
     "bn_epsilon",
     "bn_group_size",

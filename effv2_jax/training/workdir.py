@@ -43,7 +43,7 @@ _FREE = (
 )
 # Settings that change the rounding of sums or what is reported, but not what is learned: allowed,
 # and said, because from here on the numbers are not those of an undisturbed run.
-_ANNOUNCED = ("eval", "model.remat", "model.remat_blocks", "model.lowering", "runtime.devices")
+_ANNOUNCED = ("eval", "model.remat", "model.remat_fused", "model.lowering", "runtime.devices")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -114,7 +114,7 @@ def test_how_it_is_computed_is_not_part_of_the_weights(tmp_path, model, variable
     fast = model.clone(
         dtype=jnp.bfloat16,
         remat=True,
-        remat_blocks=1,
+        remat_fused=False,
         lowering="plain",
         axis_name="data",
         channel_parallel=2,

@@ -192,7 +192,7 @@ def test_remat_keeps_the_inputs_of_the_blocks_alone(form, devices):
     assert temporaries(True) < 0.5 * temporaries(False)
 
 
-def test_remat_of_the_first_blocks_lies_between_none_and_all():
+def test_remat_of_mbconv_alone_lies_between_none_and_all():
     def recomputed(**overrides):
         model = _model(**overrides)
         run = functools.partial(_train, model)
@@ -200,11 +200,11 @@ def test_remat_of_the_first_blocks_lies_between_none_and_all():
         return str(text).count("conv_general_dilated")
 
     none, one, every = (
-        recomputed(**how) for how in ({}, {"remat": True, "remat_blocks": 1}, {"remat": True})
+        recomputed(**how) for how in ({}, {"remat": True, "remat_fused": False}, {"remat": True})
     )
     assert none < one < every
     arguments = (_variables(), _images(), jax.random.key(1), jnp.float32(0.3), jnp.float32(0.6))
-    found = _trained(remat=True, remat_blocks=1)(*arguments)
+    found = _trained(remat=True, remat_fused=False)(*arguments)
     _assert_trees_close(found, _trained()(*arguments), rtol=1e-5)
 
 

@@ -16,18 +16,18 @@ from benchmarks import forms  # noqa: E402
 @pytest.mark.parametrize(
     ("form", "expected"),
     [
-        ("auto", ("auto", False, 0)),
-        ("cpu+remat", ("cpu", True, 0)),
-        ("plain+remat12", ("plain", True, 12)),
+        ("auto", ("auto", False, True)),
+        ("cpu+remat", ("cpu", True, True)),
+        ("plain+remat-mbconv", ("plain", True, False)),
     ],
 )
 def test_forms_are_attributes_of_the_network(form, expected):
     forms.check("--lowering", [form])
     found = forms.overrides(form)
-    assert (found["lowering"], found["remat"], found["remat_blocks"]) == expected
+    assert (found["lowering"], found["remat"], found["remat_fused"]) == expected
 
 
-@pytest.mark.parametrize("form", ["fast", "auto+", "auto+remat1.5", "remat"])
+@pytest.mark.parametrize("form", ["fast", "auto+", "auto-mbconv", "remat"])
 def test_other_forms_are_refused(form):
     with pytest.raises(UserError, match=r"--lowering: .* expected auto, plain, cpu, gpu"):
         forms.check("--lowering", [form])

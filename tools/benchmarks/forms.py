@@ -1,7 +1,7 @@
-"""How a network is computed, as flags name it: "auto", "plain+remat", "auto+remat5".
+"""How a network is computed, as flags name it: "auto", "plain+remat", "auto+remat-mbconv".
 
-A lowering, and behind it whether the backward pass computes blocks again: all, or the first so many
-(`model.remat`, `model.remat_blocks`).
+A lowering, and behind it whether the backward pass computes blocks again: all, or MBConv alone
+(`model.remat`, `model.remat_fused`).
 """
 
 import re
@@ -12,9 +12,9 @@ from effv2_jax.config import CHOICES
 from effv2_jax.errors import UserError
 
 LOWERINGS = CHOICES["model.lowering"]
-TEXT = f"{', '.join(LOWERINGS)}; +remat or +remat5 behind it: compute all or 5 blocks again"
+TEXT = f"{', '.join(LOWERINGS)}, +remat behind it: blocks computed again, +remat-mbconv: MBConv"
 
-_FORM = re.compile(rf"({'|'.join(LOWERINGS)})(\+remat(\d*))?")
+_FORM = re.compile(rf"({'|'.join(LOWERINGS)})(?:(\+remat)(-mbconv)?)?")
 
 
 def check(flag: str, values: Sequence[str]) -> None:
@@ -26,5 +26,5 @@ def check(flag: str, values: Sequence[str]) -> None:
 
 def overrides(form: str) -> dict[str, Any]:
     """Returns the attributes of `EfficientNet` for a form."""
-    lowering, remat, blocks = _FORM.fullmatch(form).groups()
-    return {"lowering": lowering, "remat": bool(remat), "remat_blocks": int(blocks or 0)}
+    lowering, remat, mbconv = _FORM.fullmatch(form).groups()
+    return {"lowering": lowering, "remat": bool(remat), "remat_fused": not mbconv}
