@@ -1,7 +1,7 @@
-"""The blocks: MBConv, FusedMBConv, and the squeeze-and-excite inside them.
+"""What a network is made of: stem, MBConv, FusedMBConv, squeeze-and-excite, head.
 
-Official: effnetv2_model.py (MBConvBlock, FusedMBConvBlock, SE). Paper: section 3.2 and Figure 2 of
-arXiv:2104.00298.
+Official: effnetv2_model.py (Stem, MBConvBlock, FusedMBConvBlock, SE, Head). Paper: section 3.2 and
+Figure 2 of arXiv:2104.00298.
 """
 
 from collections.abc import Callable
@@ -167,3 +167,33 @@ class FusedMBConv(_Block):
             )(x)
             x = self.norm(name="project_norm")(x, train, self.activation)
         return self._residual(inputs, x, survival_prob, noise), expansion
+
+
+class Stem(nn.Module):
+    """3x3 convolution of stride 2, norm, activation: [N, H, W, 3] -> [N, H / 2, W / 2, C]."""
+
+    channels: int
+    conv: ModuleDef
+    norm: ModuleDef
+    activation: Activation
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        """Applies the stem."""
+        x = self.conv(self.channels, kernel_size=3, stride=2, name="conv")(x)
+        return self.norm(name="norm")(x, train, self.activation)
+
+
+class Head(nn.Module):
+    """1x1 convolution, norm, activation: [N, h, w, C] -> [N, h, w, channels]."""
+
+    channels: int
+    conv: ModuleDef
+    norm: ModuleDef
+    activation: Activation
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        """Applies the head, up to the pooling."""
+        x = self.conv(self.channels, name="conv")(x)
+        return self.norm(name="norm")(x, train, self.activation)

@@ -12,7 +12,8 @@ from effv2_jax.convert.conversion import Conversion
 from effv2_jax.convert.weights_file import load_weights, save_weights
 from effv2_jax.data.kinds import describe
 from effv2_jax.errors import UserError
-from effv2_jax.models.network import EfficientNet, create_model, init_variables
+from effv2_jax.models.initial_variables import init_variables
+from effv2_jax.models.network import EfficientNet, create_model
 from effv2_jax.models.variants import list_models
 from effv2_jax.pretrained import cache as caches
 from effv2_jax.pretrained import released

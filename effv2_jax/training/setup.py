@@ -18,7 +18,8 @@ from ml_collections import ConfigDict
 from effv2_jax.data.examples import Source
 from effv2_jax.data.sources import open_source
 from effv2_jax.errors import UserError
-from effv2_jax.models.network import create_model, init_variables
+from effv2_jax.models.initial_variables import init_variables
+from effv2_jax.models.network import create_model
 from effv2_jax.models.variants import get_variant
 from effv2_jax.training import channel_parallel
 from effv2_jax.training import mesh as meshes

@@ -2,7 +2,8 @@
 
 import pytest
 
-from effv2_jax.models.network import create_model, init_variables
+from effv2_jax.models.initial_variables import init_variables
+from effv2_jax.models.network import create_model
 
 
 @pytest.fixture(scope="package")

@@ -9,7 +9,7 @@ from effv2_jax.convert import tf_checkpoint, tf_export, tf_forward
 from effv2_jax.convert.checkpoint_files import find
 from effv2_jax.convert.conversion import parity
 from effv2_jax.convert.tensor_bundle import Bundle
-from effv2_jax.models.network import init_variables
+from effv2_jax.models.initial_variables import init_variables
 from tests.convert import checkpoints
 
 tf = pytest.importorskip("tensorflow", reason="compares with TensorFlow: pip install tensorflow")

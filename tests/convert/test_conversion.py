@@ -16,7 +16,7 @@ from effv2_jax.convert import tf_checkpoint, tf_export
 from effv2_jax.convert.conversion import Conversion, command, default_info, sha256_of
 from effv2_jax.convert.weights_file import read_info
 from effv2_jax.data import imagenet
-from effv2_jax.models.network import init_variables
+from effv2_jax.models.initial_variables import init_variables
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -15,7 +15,8 @@ from effv2_jax.convert import names_keras, names_tf, names_timm, names_torchvisi
 from effv2_jax.convert.mapping import expected_there
 from effv2_jax.data.kinds import describe, get_kind, kind_of
 from effv2_jax.errors import UserError
-from effv2_jax.models.network import create_model, init_variables
+from effv2_jax.models.initial_variables import init_variables
+from effv2_jax.models.network import create_model
 from effv2_jax.models.variants import list_models
 from tests import reference
 from tests.convert.frameworks import CONVERTERS, FOLDER, convert, images, logits, network

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from effv2_jax import UserError, create_model
 from effv2_jax.convert import mapping, names_tf
 from effv2_jax.convert.mapping import TRANSFORMS, TensorName
-from effv2_jax.models.network import init_variables
+from effv2_jax.models.initial_variables import init_variables
 
 
 @pytest.fixture(scope="module")

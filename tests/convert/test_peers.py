@@ -14,7 +14,8 @@ from effv2_jax.convert.conversion import parity
 from effv2_jax.convert.mapping import expected_there
 from effv2_jax.convert.source import source_per_network
 from effv2_jax.data.kinds import get_kind
-from effv2_jax.models.network import create_model, init_variables
+from effv2_jax.models.initial_variables import init_variables
+from effv2_jax.models.network import create_model
 
 pytestmark = pytest.mark.slow
 

@@ -11,7 +11,7 @@ from effv2_jax import UserError, create_model
 from effv2_jax.convert import tf_checkpoint, tf_export
 from effv2_jax.convert.checkpoint_files import find
 from effv2_jax.convert.tensor_bundle import Bundle
-from effv2_jax.models.network import init_variables
+from effv2_jax.models.initial_variables import init_variables
 
 
 @pytest.mark.parametrize("averages", [False, True])

@@ -17,7 +17,7 @@ import safetensors.numpy
 import effv2_jax
 from effv2_jax import UserError, create_model, load_weights, save_weights
 from effv2_jax.convert.weights_file import read_info
-from effv2_jax.models.network import init_variables
+from effv2_jax.models.initial_variables import init_variables
 
 ROOT = Path(__file__).resolve().parents[2]
 

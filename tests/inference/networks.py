@@ -4,7 +4,8 @@ import numpy as np
 
 from effv2_jax.convert.weights_file import save_weights
 from effv2_jax.data.kinds import describe
-from effv2_jax.models.network import create_model, init_variables
+from effv2_jax.models.initial_variables import init_variables
+from effv2_jax.models.network import create_model
 
 BLOCKS = ("r1_k3_s2_e1_i8_o8_c1",)
 SIZE = 24

@@ -8,7 +8,8 @@ import pytest
 from effv2_jax.data.kinds import get_kind
 from effv2_jax.errors import UserError
 from effv2_jax.inference.grad_cam import grad_cam, heat_maps, layers
-from effv2_jax.models.network import create_model, init_variables
+from effv2_jax.models.initial_variables import init_variables
+from effv2_jax.models.network import create_model
 from tests.inference.networks import network
 
 

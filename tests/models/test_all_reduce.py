@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from effv2_jax.models.initial_variables import init_variables
 from effv2_jax.models.lowering import all_reduce
-from effv2_jax.models.network import create_model, init_variables
+from effv2_jax.models.network import create_model
 
 GROUPS = [[0, 1], [2, 3]]
 

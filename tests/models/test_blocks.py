@@ -9,8 +9,7 @@ import pytest
 
 from effv2_jax.convert import mapping
 from effv2_jax.models import layers
-from effv2_jax.models.blocks import FusedMBConv, MBConv, SqueezeExcite
-from effv2_jax.models.network import Head, Stem
+from effv2_jax.models.blocks import FusedMBConv, Head, MBConv, SqueezeExcite, Stem
 from effv2_jax.models.norm import BatchNorm
 from tests import reference
 

@@ -12,8 +12,9 @@ from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec, use_abstra
 
 from effv2_jax.models import layers, lowering
 from effv2_jax.models.blocks import SqueezeExcite
+from effv2_jax.models.initial_variables import init_variables
 from effv2_jax.models.lowering import gpu_sums
-from effv2_jax.models.network import create_model, init_variables
+from effv2_jax.models.network import create_model
 from effv2_jax.models.norm import BatchNorm
 
 # Sums of a few hundred float32 products in another order, divided by deviations of about 1;

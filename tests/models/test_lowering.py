@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
 from effv2_jax.models import lowering
+from effv2_jax.models.initial_variables import init_variables
 from effv2_jax.models.lowering import cpu_dense, cpu_depthwise, cpu_winograd, windows
 from effv2_jax.models.lowering.bands import Bands
 from effv2_jax.models.lowering.geometry import make_geometry
-from effv2_jax.models.network import create_model, init_variables
+from effv2_jax.models.network import create_model
 
 # Sums of up to k * k * C (values) or N * H * W (gradients of kernels) float32 products in another
 # order; measured 1e-6 of the largest value.

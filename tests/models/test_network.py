@@ -13,7 +13,8 @@ from effv2_jax.errors import UserError
 from effv2_jax.models import lowering
 from effv2_jax.models.block_spec import parse_blocks
 from effv2_jax.models.infer import infer
-from effv2_jax.models.network import create_model, init_variables, linear_survival
+from effv2_jax.models.initial_variables import init_variables
+from effv2_jax.models.network import create_model, linear_survival
 from effv2_jax.models.variants import get_variant
 from tests import reference
 

@@ -16,7 +16,8 @@ from flax import traverse_util
 import effv2_jax
 from effv2_jax.convert.weights_file import load_weights, read_info, save_weights
 from effv2_jax.errors import UserError
-from effv2_jax.models.network import create_model, init_variables
+from effv2_jax.models.initial_variables import init_variables
+from effv2_jax.models.network import create_model
 from effv2_jax.pretrained import __main__ as command
 from effv2_jax.pretrained import download as downloads
 from effv2_jax.pretrained import load, load_pretrained, open_weights, released

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from effv2_jax.data import loader
-from effv2_jax.models.network import init_variables
+from effv2_jax.models.initial_variables import init_variables
 from effv2_jax.training import evaluate, setup
 from effv2_jax.training import mesh as meshes
 from effv2_jax.training.compile import Programs

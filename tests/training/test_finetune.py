@@ -12,7 +12,8 @@ import pytest
 from effv2_jax import main as command
 from effv2_jax.convert.weights_file import load_weights, save_weights
 from effv2_jax.data.kinds import describe
-from effv2_jax.models.network import create_model, init_variables
+from effv2_jax.models.initial_variables import init_variables
+from effv2_jax.models.network import create_model
 from effv2_jax.pretrained import released
 from effv2_jax.pretrained.released import Released
 from tests import reference

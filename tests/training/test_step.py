@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from effv2_jax.data.policy import make_policy
-from effv2_jax.models.network import create_model, init_variables
+from effv2_jax.models.initial_variables import init_variables
+from effv2_jax.models.network import create_model
 from effv2_jax.training import step as steps
 from effv2_jax.training.losses import example_losses
 from effv2_jax.training.mesh import AXIS, batch_sharding, make_mesh, put_replicated

@@ -9,7 +9,8 @@ from effv2_jax.config_files import apply_overrides
 from effv2_jax.convert.weights_file import save_weights
 from effv2_jax.data.kinds import describe
 from effv2_jax.errors import UserError
-from effv2_jax.models.network import create_model, init_variables
+from effv2_jax.models.initial_variables import init_variables
+from effv2_jax.models.network import create_model
 from effv2_jax.training import setup
 from effv2_jax.training.transfer import transfer
 

@@ -65,9 +65,9 @@ def _part(task: Mapping[str, Any]) -> tuple[Any, Callable]:
     parts = whole._parts()  # as the network makes its own blocks
     outer = {key: parts[key] for key in ("conv", "norm", "activation")}
     if task["part"] == "stem":
-        module = network.Stem(whole.stem_channels, **outer)
+        module = blocks.Stem(whole.stem_channels, **outer)
     elif task["part"] == "head":
-        module = network.Head(whole.head_channels, **outer)
+        module = blocks.Head(whole.head_channels, **outer)
     else:
         spec = whole.block_specs[task["block"]]
         module = (blocks.FusedMBConv if spec.fused else blocks.MBConv)(spec=spec, **parts)

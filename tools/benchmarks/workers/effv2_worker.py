@@ -102,7 +102,7 @@ def _inference(task: Mapping[str, Any], mesh: Any) -> tuple[Run, Any, int]:
     import jax
 
     from effv2_jax.models.infer import infer
-    from effv2_jax.models.network import init_variables
+    from effv2_jax.models.initial_variables import init_variables
     from effv2_jax.training import compile as programs
     from effv2_jax.training import mesh as meshes
     from effv2_jax.training.step import normalize
@@ -192,7 +192,7 @@ def _of_config(task: Mapping[str, Any], mesh: Any) -> tuple[Any, Any, Any, Any]:
 def _of_recipe(task: Mapping[str, Any], mesh: Any) -> tuple[Any, Any, Any, Any]:
     import jax
 
-    from effv2_jax.models.network import init_variables
+    from effv2_jax.models.initial_variables import init_variables
     from effv2_jax.training import channel_parallel
     from effv2_jax.training import mesh as meshes
     from effv2_jax.training.progressive import plan_stages
