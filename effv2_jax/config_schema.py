@@ -38,6 +38,7 @@ def base_config() -> ConfigDict:
         "dtype": "auto",                 # auto (bfloat16 on GPU and TPU), float32, bfloat16
         "remat": False,                  # recompute each block in the backward pass: less memory
         "remat_fused": True,             # FusedMBConv too; False: MBConv alone, costs less time
+        "remat_norms": False,            # recompute norms and activations alone: costs little time
         "bn_momentum": 0.9,
         "bn_epsilon": _float(),          # added to variances; None: the variant's
         "padding": _text(),              # SAME (TensorFlow), SYMMETRIC (PyTorch); None: variant's

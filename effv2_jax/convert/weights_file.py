@@ -48,7 +48,7 @@ from effv2_jax.models.network import EfficientNet, create_model
 from effv2_jax.models.variants import get_variant
 
 # How a network is computed or trained, not what it is.
-_NOT_SAVED = ("variant", "num_classes", "dtype", "remat", "remat_fused", "lowering",
+_NOT_SAVED = ("variant", "num_classes", "dtype", "remat", "remat_fused", "remat_norms", "lowering",
               "axis_name", "channel_parallel", "survival_fn", "initializer", "bn_group_size",
               "bn_two_pass", "freeze", "parent", "name")  # fmt: skip
 

@@ -35,9 +35,12 @@ class SqueezeExcite(nn.Module):
 
     def __call__(self, x: Array) -> Array:
         """Applies the gate."""
-        # The mean is accumulated in float32: bfloat16 has 8 bits for sums of thousands of pixels.
-        pooled = jnp.mean(x, (1, 2), keepdims=True, dtype=jnp.float32).astype(x.dtype)
-        return self.factor(pooled) * x
+        return self.factor(self.means(x)) * x
+
+    def means(self, x: Array) -> Array:
+        """Returns the means of the channels [N, 1, 1, C]."""
+        # Accumulated in float32: bfloat16 has 8 bits for sums of thousands of pixels.
+        return jnp.mean(x, (1, 2), keepdims=True, dtype=jnp.float32).astype(x.dtype)
 
     @nn.compact
     def factor(self, means: Array) -> Array:
@@ -119,13 +122,16 @@ class MBConv(_Block):
         """
         spec = self.spec
         x = inputs = self._stored(inputs)
+        depthwise = self.depthwise(spec.kernel, stride=spec.stride, name="depthwise_conv")
         if spec.expands:
             x = self.conv(spec.inner_channels // self.divide_by, name="expand_conv")(x)
-            x = self.norm(name="expand_norm")(x, train, self.activation)
-        x = self.depthwise(spec.kernel, stride=spec.stride, name="depthwise_conv")(x)
-        gate = self._squeeze_excite()
-        expansion = x = self.norm(name="depthwise_norm")(x, train, self.activation, gate)
-        x = self.conv(spec.channels, sum_over=self.sum_over, name="project_conv")(x)
+            norm = self.norm(name="expand_norm")
+            x, _ = norm(x, train, self.activation, conv=depthwise)
+        else:
+            x = depthwise(x)
+        project = self.conv(spec.channels, sum_over=self.sum_over, name="project_conv")
+        norm, gate = self.norm(name="depthwise_norm"), self._squeeze_excite()
+        x, expansion = norm(x, train, self.activation, gate, project)
         x = self.norm(name="project_norm")(x, train)
         return self._residual(inputs, x, survival_prob, noise), expansion
 
@@ -155,13 +161,17 @@ class FusedMBConv(_Block):
             x = self.conv(
                 spec.inner_channels, kernel_size=spec.kernel, stride=spec.stride, name="expand_conv"
             )(x)
-            x = self.norm(name="expand_norm")(x, train, self.activation)
-        expansion, gate = x, self._squeeze_excite()
-        x = x if gate is None else gate(x)
-        if spec.expands:
-            x = self.conv(spec.channels, name="project_conv")(x)
+            project = self.conv(spec.channels, name="project_conv")
+            norm, gate = self.norm(name="expand_norm"), self._squeeze_excite()
+            if gate is None:
+                x, expansion = norm(x, train, self.activation, conv=project)
+            else:
+                expansion = norm(x, train, self.activation)
+                x = project(gate(expansion))
             x = self.norm(name="project_norm")(x, train)
         else:
+            expansion, gate = x, self._squeeze_excite()
+            x = x if gate is None else gate(x)
             x = self.conv(
                 spec.channels, kernel_size=spec.kernel, stride=spec.stride, name="project_conv"
             )(x)

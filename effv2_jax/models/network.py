@@ -64,6 +64,8 @@ class EfficientNet(nn.Module):
       remat: recompute each block in the backward pass: less memory, a third more arithmetic.
       remat_fused: FusedMBConv too, whose 3x3 convolutions cost most for the memory they give back;
         False: MBConv alone.
+      remat_norms: recompute norms, activations and squeeze-and-excite, but no convolution, in every
+        block: less memory, a few more passes over it.
       lowering: how layers are computed, one of `lowering.IMPLEMENTATIONS`.
       axis_name: mesh axis over which the batch is split, when applied inside `jax.shard_map`.
       channel_parallel: devices of that axis that divide the inner channels of the last blocks
@@ -93,6 +95,7 @@ class EfficientNet(nn.Module):
     padding: str = "SAME"
     remat: bool = False
     remat_fused: bool = True
+    remat_norms: bool = False
     lowering: str = "auto"
     axis_name: str | None = None
     channel_parallel: int = 1
@@ -289,6 +292,7 @@ class EfficientNet(nn.Module):
                 two_pass=self.bn_two_pass,
                 axis_name=None if divided else self.axis_name,
                 implementation=self.lowering,
+                remat=self.remat_norms,
                 freeze=self.freeze,
                 dtype=self.dtype,
             ),

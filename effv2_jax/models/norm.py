@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -16,6 +17,7 @@ from jax import lax
 from effv2_jax.errors import UserError
 from effv2_jax.models import lowering
 from effv2_jax.models.lowering import all_reduce
+from effv2_jax.models.remat import NormedConv, normed_conv
 
 Array = jax.Array
 DeviceGroups = list[list[int]] | None
@@ -38,6 +40,8 @@ class BatchNorm(nn.Module):
         where |mean| is far above the deviation.
       axis_name: mesh axis over which the batch is split; the layer then runs inside a `shard_map`.
       implementation: of the lowering, one of `lowering.IMPLEMENTATIONS`.
+      remat: the convolution that follows does not keep its input for the backward pass, which
+        computes it again (`remat.normed_conv`).
       freeze: regular expression of parameter paths; a layer whose scale and bias match it
         normalises by its moving statistics in training too, and leaves them as they are.
       dtype: of the output.
@@ -50,6 +54,7 @@ class BatchNorm(nn.Module):
     two_pass: bool = False
     axis_name: str | None = None
     implementation: str = "auto"
+    remat: bool = False
     freeze: str = ""
     dtype: jnp.dtype = jnp.float32
 
@@ -60,7 +65,8 @@ class BatchNorm(nn.Module):
         train: bool,
         activation: Callable[[Array], Array] | None = None,
         gate: nn.Module | None = None,
-    ) -> Array:
+        conv: nn.Module | None = None,
+    ) -> Array | tuple[Array, Array]:
         """Normalises x [N, H, W, C], with `train` by its own statistics.
 
         What follows up to the next convolution is applied here, since some backends compute it in
@@ -71,6 +77,10 @@ class BatchNorm(nn.Module):
           train: whether the statistics are those of x, and move.
           activation: of the normalised values.
           gate: a `blocks.SqueezeExcite`, applied to the activation.
+          conv: the convolution behind these, to be applied too.
+
+        Returns:
+          [N, H, W, C]; with `conv` a pair: what it gives, and what it gets.
         """
         channels = x.shape[-1:]
         scale = self.param("scale", nn.initializers.ones, channels, jnp.float32)
@@ -80,14 +90,30 @@ class BatchNorm(nn.Module):
 
         forms = lowering.choose(self.implementation)
 
-        def follow(y: Array) -> Array:
+        def activated(y: Array) -> Array:
             y = y.astype(self.dtype)
-            y = y if activation is None else forms.activation(activation)(y)
-            return y if gate is None else gate(y)
+            return y if activation is None else forms.activation(activation)(y)
 
+        def follow(values: Callable[[Array, Any], Array], vectors: Any) -> Any:
+            """All that follows from the activation, which is values(x, vectors)."""
+            if conv is not None and again:
+                params, factors, means = None, None, None
+                if gate is not None:
+                    module, params = gate.unbind()
+                    factors, means = functools.partial(_factor, module), module.means
+                between = _Between(values, factors, means)
+                return _remat(forms, between, x, (vectors, params), conv)[:2]
+            y = values(x, vectors)
+            y = y if gate is None else gate(y)
+            return y if conv is None else (conv(y), y)
+
+        again = self.remat and train and not self.is_initializing()
         if not train or self._is_frozen():
             factor = scale * lax.rsqrt(moving_var.value + self.epsilon)
-            return follow((x.astype(jnp.float32) - moving_mean.value) * factor + bias)
+            return follow(
+                lambda x, v: activated((x.astype(jnp.float32) - v[0]) * v[1] + v[2]),
+                (moving_mean.value, factor, bias),
+            )
 
         axis_name = None if self.is_initializing() else self.axis_name
         groups, device_groups = self._layout(x.shape[0], axis_name)
@@ -100,23 +126,34 @@ class BatchNorm(nn.Module):
             if gate is not None:
                 module, params = gate.unbind()
                 how = dataclasses.replace(how, gate=functools.partial(_factor, module))
-            y, mean, var = own(how, x.astype(self.dtype), scale, bias, params)
+            if conv is not None and again:
+                out, y, (mean, var) = _remat(
+                    forms, how, x.astype(self.dtype), (scale, bias, params), conv
+                )
+            else:
+                y, mean, var = own(how, x.astype(self.dtype), scale, bias, params)
+                out = y if conv is None else conv(y)
             self._move(moving_mean, moving_var, mean, var, x, device_groups)
-            return y
+            return y if conv is None else (out, y)
 
-        x32 = x.astype(jnp.float32)
-        if groups > 1:
-            x32 = x32.reshape(groups, -1, *x.shape[1:])
-        mean, var = self._moments(x32, axis_name, device_groups)
+        def grouped(x: Array) -> Array:
+            x32 = x.astype(jnp.float32)
+            return x32.reshape(groups, -1, *x.shape[1:]) if groups > 1 else x32
+
+        mean, var = self._moments(grouped(x), axis_name, device_groups)
         self._move(moving_mean, moving_var, mean, var, x, device_groups)
         factor = lax.rsqrt(var + self.epsilon) * scale
         if self.two_pass:
-            y = (x32 - mean) * factor + bias
-        else:
-            # Rounds no worse than the one-pass variance, and the gradient needs x itself, not also
-            # x - mean: a fifth less memory for activations on CPU.
-            y = x32 * factor + (bias - mean * factor)
-        return follow(y.reshape(x.shape))
+            return follow(
+                lambda x, v: activated(((grouped(x) - v[0]) * v[1] + v[2]).reshape(x.shape)),
+                (mean, factor, bias),
+            )
+        # Rounds no worse than the one-pass variance, and the gradient needs x itself, not also
+        # x - mean: a fifth less memory for activations on CPU.
+        return follow(
+            lambda x, v: activated((grouped(x) * v[0] + v[1]).reshape(x.shape)),
+            (factor, bias - mean * factor),
+        )
 
     def _is_frozen(self) -> bool:
         paths = ("/".join((*self.path, leaf)) for leaf in ("scale", "bias"))
@@ -198,6 +235,56 @@ class BatchNorm(nn.Module):
         mean, mean_square = mean_of(x, jnp.square(x))
         # Rounding may leave a constant channel slightly below zero.
         return mean, jnp.maximum(mean_square - jnp.square(mean), 0)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Between:
+    """A norm by given vectors, the activation and squeeze-and-excite, as `remat.Between`.
+
+    Attributes:
+      values: (x, vectors) -> the activation.
+      factors: (parameters, means) -> the factors of the channels; None: there are none.
+      means: activation -> means of the channels, [N, 1, 1, C].
+    """
+
+    values: Callable[[Array, Any], Array]
+    factors: Callable[[Any, Array], Array] | None
+    means: Callable[[Array], Array] | None
+
+    def forward(self, x: Array, params: Any) -> tuple[tuple[Array, None], Any]:
+        vectors, gate_params = params
+        y, factors, pull_factors = self.values(x, vectors), None, None
+        if self.factors is not None:
+            factors, pull_factors = jax.vjp(self.factors, gate_params, self.means(y))
+            y = factors * y
+        return (y, None), (vectors, factors, pull_factors)
+
+    def again(self, x: Array, kept: Any) -> Array:
+        vectors, factors, _ = kept
+        y = self.values(x, vectors)
+        return y if factors is None else factors * y
+
+    def backward(self, x: Array, kept: Any, gradient: Array) -> tuple[Array, Any]:
+        vectors, factors, pull_factors = kept
+        y, pull_values = jax.vjp(self.values, x, vectors)
+        dgate_params = None
+        if factors is not None:
+            _, pull_product = jax.vjp(jnp.multiply, factors, y)
+            dfactors, gradient = pull_product(gradient)
+            dgate_params, dmeans = pull_factors(dfactors)
+            _, pull_means = jax.vjp(self.means, y)
+            gradient += pull_means(dmeans)[0]
+        dx, dvectors = pull_values(gradient)
+        return dx, (dvectors, dgate_params)
+
+
+def _remat(
+    forms: lowering.Lowering, between: Any, x: Array, params: Any, conv: nn.Module
+) -> tuple[Array, Array, Any]:
+    """`remat.normed_conv` with the module of a convolution."""
+    module, variables = conv.unbind()
+    how = NormedConv(between, module.apply, forms.after)
+    return normed_conv(how, x, params, variables)
 
 
 def _factor(squeeze_excite: nn.Module, variables: dict, means: Array) -> Array:

@@ -36,6 +36,7 @@ _MODEL_OVERRIDES = (
     "survival_prob",
     "remat",
     "remat_fused",
+    "remat_norms",
     "bn_momentum",
     "bn_epsilon",
     "bn_group_size",

@@ -43,7 +43,11 @@ _FREE = (
 )
 # Settings that change the rounding of sums or what is reported, but not what is learned: allowed,
 # and said, because from here on the numbers are not those of an undisturbed run.
-_ANNOUNCED = ("eval", "model.remat", "model.remat_fused", "model.lowering", "runtime.devices")
+_ANNOUNCED = (
+    "eval",
+    *(f"model.{name}" for name in ("remat", "remat_fused", "remat_norms", "lowering")),
+    "runtime.devices",
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -115,6 +115,7 @@ def test_how_it_is_computed_is_not_part_of_the_weights(tmp_path, model, variable
         dtype=jnp.bfloat16,
         remat=True,
         remat_fused=False,
+        remat_norms=True,
         lowering="plain",
         axis_name="data",
         channel_parallel=2,

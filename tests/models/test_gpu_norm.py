@@ -236,15 +236,15 @@ def _distance(found, expected):
 
 @pytest.fixture(scope="module")
 def network_gradients():
-    """A network's gradients and results: (form, remat) -> them."""
+    """A network's gradients and results: (form, **overrides) -> them."""
     blocks = ("r1_k3_s1_e1_i8_o8_c1", "r1_k3_s2_e4_i8_o8_c1", "r2_k3_s2_e4_i8_o8_se0.25")
     images = jax.random.normal(jax.random.key(0), (4, 32, 32, 3))
     variables = init_variables(create_model("testing", 5, blocks=blocks), 0)
 
     @functools.cache
-    def run(form, remat):
+    def run(form, **overrides):
         model = create_model(
-            "testing", 5, blocks=blocks, lowering=form, remat=remat, survival_prob=0.8
+            "testing", 5, blocks=blocks, lowering=form, survival_prob=0.8, **overrides
         )
 
         def loss(params):
@@ -262,9 +262,9 @@ def network_gradients():
     return run
 
 
-@pytest.mark.parametrize("remat", [False, True])
-def test_a_whole_network_trains_the_same(network_gradients, remat):
-    found, expected = network_gradients("gpu", remat), network_gradients("plain", False)
+@pytest.mark.parametrize("overrides", [{}, {"remat": True}, {"remat_norms": True}])
+def test_a_whole_network_trains_the_same(network_gradients, overrides):
+    found, expected = network_gradients("gpu", **overrides), network_gradients("plain")
     # Twelve norms one after another, the last over 16 pixels. What lies before a linear norm is
     # shifted by it, so that many gradients are 0 but for rounding.
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected[0]))

@@ -155,22 +155,49 @@ def test_inference_of_a_few_images_at_a_time_gives_the_same_logits(monkeypatch):
     np.testing.assert_allclose(_jit(run)(_variables(), _images()), whole, rtol=1e-5, atol=1e-6)
 
 
-def test_remat_changes_neither_values_nor_gradients():
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"remat": True},
+        {"remat_norms": True},
+        {"remat": True, "remat_norms": True},
+        {"remat_norms": True, "bn_two_pass": True},
+        {"remat_norms": True, "bn_group_size": 2},
+        {"remat_norms": True, "freeze": "blocks_[02]/.*"},
+        {"remat_norms": True, "activation": ""},
+    ],
+    ids=str,
+)
+def test_remat_changes_neither_values_nor_gradients(overrides):
     arguments = (_variables(), _images(), jax.random.key(1), jnp.float32(0.3), jnp.float32(0.6))
-    plain, remat = _trained()(*arguments), _trained(remat=True)(*arguments)
-    _assert_trees_close(remat, plain, rtol=1e-5)
+    plain = {key: value for key, value in overrides.items() if not key.startswith("remat")}
+    _assert_trees_close(_trained(**overrides)(*arguments), _trained(**plain)(*arguments), rtol=1e-5)
+
+
+def test_endpoints_of_training_are_there_with_recomputed_norms():
+    def ends(**overrides):
+        run = functools.partial(
+            _model(**overrides).apply, train=True, endpoints=True, mutable=["batch_stats"],
+            dropout_rate=0.0, survival_prob=1.0,
+        )  # fmt: skip
+        return _jit(run)(_variables(), _images())[0][1]
+
+    _assert_trees_close(ends(remat_norms=True), ends(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("form", ["plain", "cpu"])
 @pytest.mark.parametrize("devices", [1, 2])
-def test_remat_keeps_the_inputs_of_the_blocks_alone(form, devices):
+@pytest.mark.parametrize(
+    ("overrides", "share"), [({"remat": True}, 0.5), ({"remat_norms": True}, 0.75)]
+)
+def test_remat_does_not_keep_what_it_computes_again(form, devices, overrides, share):
     # XLA's CPU backend may begin the second computation early and hold both, which saves nothing.
     mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
     blocks = ("r1_k3_s1_e1_i32_o16_c1", "r3_k3_s1_e4_i16_o16_c1", "r4_k3_s1_e6_i16_o16_se0.25")
 
-    def temporaries(remat):
+    def temporaries(**overrides):
         model = create_model(
-            "testing", 10, blocks=blocks, lowering=form, axis_name="data", remat=remat
+            "testing", 10, blocks=blocks, lowering=form, axis_name="data", **overrides
         )
         variables = jax.eval_shape(lambda: init_variables(model, 0))
 
@@ -190,7 +217,7 @@ def test_remat_keeps_the_inputs_of_the_blocks_alone(form, devices):
         compiled = sharded.lower(variables, images, jax.random.key(0)).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    assert temporaries(True) < 0.5 * temporaries(False)
+    assert temporaries(**overrides) < share * temporaries()
 
 
 def test_remat_of_mbconv_alone_lies_between_none_and_all():

@@ -16,18 +16,20 @@ from benchmarks import forms  # noqa: E402
 @pytest.mark.parametrize(
     ("form", "expected"),
     [
-        ("auto", ("auto", False, True)),
-        ("cpu+remat", ("cpu", True, True)),
-        ("plain+remat-mbconv", ("plain", True, False)),
+        ("auto", ("auto", False, True, False)),
+        ("cpu+remat", ("cpu", True, True, False)),
+        ("plain+remat-mbconv", ("plain", True, False, False)),
+        ("gpu+remat-norms", ("gpu", False, True, True)),
     ],
 )
 def test_forms_are_attributes_of_the_network(form, expected):
     forms.check("--lowering", [form])
     found = forms.overrides(form)
-    assert (found["lowering"], found["remat"], found["remat_fused"]) == expected
+    names = ("lowering", "remat", "remat_fused", "remat_norms")
+    assert tuple(found[name] for name in names) == expected
 
 
-@pytest.mark.parametrize("form", ["fast", "auto+", "auto-mbconv", "remat"])
+@pytest.mark.parametrize("form", ["fast", "auto+", "auto-mbconv", "auto+remat-", "remat"])
 def test_other_forms_are_refused(form):
     with pytest.raises(UserError, match=r"--lowering: .* expected auto, plain, cpu, gpu"):
         forms.check("--lowering", [form])

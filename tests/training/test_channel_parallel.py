@@ -106,6 +106,7 @@ def test_steps_are_those_of_one_device(devices):
     ("overrides", "changes"),
     [
         ({"remat": True}, {}),
+        ({"remat_norms": True}, {}),
         ({"bn_two_pass": True}, {"optimizer": "sgd", "decoupled_weight_decay": 0.1}),
         ({}, {"freeze": "blocks_[02]/.*"}),
         ({"blocks": (*BLOCKS[:2], "r2_k3_s1_e6_i8_o8")}, {}),  # no squeeze-and-excite

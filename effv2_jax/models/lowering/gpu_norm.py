@@ -53,6 +53,20 @@ class Norm:
     activation: Callable[[Array], Array] | None = None
     gate: Callable[[Any, Array], Array] | None = None
 
+    def forward(self, x: Array, params: Any) -> tuple[tuple[Array, Any], Any]:
+        """What `norm` gives, and keeps beside x; this and the next two as `remat.Between`."""
+        (y, *moments), (_, *kept) = _forward(self, x, *params)
+        return (y, tuple(moments)), kept
+
+    def again(self, x: Array, kept: Any) -> Array:
+        """The values of `norm` once more."""
+        return _values(self, x, *kept[:-1])
+
+    def backward(self, x: Array, kept: Any, gradient: Array) -> tuple[Array, Any]:
+        """The gradients of x and of the parameters."""
+        dx, *dparams = _backward(self, (x, *kept), (gradient, None, None))
+        return dx, tuple(dparams)
+
     def mean(self, *values: Array) -> tuple[Array, ...]:
         """Means over all but the group and the channel of [groups, n, H, W, C], float32."""
         return self.shared(tuple(jnp.mean(v, (1, 2, 3), keepdims=True) for v in values))
@@ -98,12 +112,23 @@ def _forward(
         pooled = jnp.mean(y, _SPACE, keepdims=True).reshape(-1, 1, 1, x.shape[-1])
         gate, pull_gate = jax.vjp(how.gate, gate_params, pooled.astype(x.dtype))
         x, gate = lax.optimization_barrier((x, gate))
-        grouped = _grouped(x, how.groups)
-    y, _ = _activated(how, grouped, statistics, scale, bias)
+    y = _values(how, x, scale, bias, statistics, gate)
+    return (y, mean, var), (x, scale, bias, statistics, gate, pull_gate)
+
+
+def _values(
+    how: Norm,
+    x: Array,
+    scale: Array,
+    bias: Array,
+    statistics: tuple[Array, Array],
+    gate: Array | None,
+) -> Array:
+    """Returns gate * activation(norm(x)), type and shape of x."""
+    y, _ = _activated(how, _grouped(x, how.groups), statistics, scale, bias)
     if gate is not None:
         y = y * _grouped(gate, how.groups)
-    y = y.reshape(x.shape).astype(x.dtype)
-    return (y, mean, var), (x, scale, bias, statistics, gate, pull_gate)
+    return y.reshape(x.shape).astype(x.dtype)
 
 
 def _backward(
