@@ -49,6 +49,7 @@ def test_training_and_inference_are_measured_and_every_number_is_written(tmp_pat
         assert len(result["rounds"]) == 3
         assert result["program_bytes"] > 0
         assert result["resident_bytes"] > 0
+        assert result["step_bytes"] >= 0
         assert result["compile_seconds"] > 0
         assert result["xla"]["flops"] > 0
         assert result["share_of_matmul"] > 0

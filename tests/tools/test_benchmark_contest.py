@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
 from benchmarks import contest, peers  # noqa: E402
+from benchmarks.workers import serve  # noqa: E402
 
 WORKER = Path(__file__).parent / "idle_worker.py"
 
@@ -140,6 +141,21 @@ def test_packages_are_looked_for_in_the_other_interpreter():
     assert contest.missing(sys.executable, ["json", "no_such_module"]) == ["no_such_module"]
     with pytest.raises(UserError, match="no Python interpreter that runs"):
         contest.missing("/no/such/python", ["json"])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux says how large it is")
+def test_memory_of_a_step_is_what_it_takes_beside_what_stays():
+    stays = []
+
+    def run(steps):
+        stays.extend([b"\1" * 2**26] if not stays else [])
+        for _ in range(steps):
+            goes = b"\2" * 2**27
+            del goes
+
+    run(1)
+    found = serve._step_bytes(serve.Prepared(run=run, facts={}))
+    assert found == pytest.approx(2**27, rel=0.05)
 
 
 @pytest.mark.slow

@@ -143,7 +143,7 @@ class Measured:
         contestant: who.
         facts: what its worker said.
         rounds: (wall, processor) seconds per step.
-        memory: what the worker said after the last round.
+        memory: what the worker said after the last round, of the process and of a step.
         steps: per round.
         in_turns: whether the others were measured between its rounds.
     """
@@ -212,7 +212,7 @@ def _in_turns(
             contestant=worker.contestant,
             facts=facts,
             rounds=times,
-            memory=worker.ask("memory"),
+            memory=worker.ask("memory") | worker.ask("step memory"),
             steps=count,
             in_turns=together,
         )

@@ -30,7 +30,7 @@ _COLUMNS = (
     + [f"train_{name}" for name in ("samples_per_sec", "step_time", "batch_size", "img_size")]
     + ["param_count", "framework", "lowering", "precision", "cores", "device", "recipe"]
     + [f"{mode}_{name}" for mode in ("infer", "train") for name in ("low", "high", "ratio")]
-    + ["train_compile_time", "train_device_mib", "train_process_mib"]
+    + ["train_compile_time", "train_device_mib", "train_step_mib", "train_process_mib"]
 )
 
 
@@ -247,6 +247,7 @@ def _rows(found: Sequence[Record]) -> list[Record]:
         else:
             row["train_compile_time"] = round(record["compile_seconds"], 1)
             row["train_device_mib"] = _mebibytes(record["device_bytes"])
+            row["train_step_mib"] = _mebibytes(record.get("step_bytes"))
             row["train_process_mib"] = _mebibytes(record["resident_bytes"])
     return list(rows.values())
 
@@ -284,16 +285,16 @@ def table(case: Case, found: Sequence[Record]) -> str:
     lines = [
         str(case),
         f"{'':<{width}}{'images/s':>9} {'(range)':<19}{'ms/step':>9}{'cpu ms/img':>11}"
-        f"{'matmul':>8}{'copy':>6}{'program':>9}{'device':>9}{'process':>9}{'compile':>9}",
+        f"{'matmul':>8}{'copy':>6}{'program':>9}{'device':>8}{'step':>8}{'process':>9}{'compile':>9}",
     ]
     for r in found:
         spread = "({:,.1f} - {:,.1f})".format(*r["range"])
-        memory = (r.get("program_bytes"), r["device_bytes"], r["resident_bytes"])
-        program, device, process = (_mebibytes(count) or "-" for count in memory)
+        keys = ("program_bytes", "device_bytes", "step_bytes", "resident_bytes")
+        program, device, step, process = (_mebibytes(r.get(key)) or "-" for key in keys)
         lines.append(
             f"{_label(r, found):<{width}}{r['images_per_second']:>9,.1f} {spread:<19}"
             f"{r['step_ms']:>9,.1f}{r['processor_ms_per_image']:>11.2f}{r['share_of_matmul']:>8.0%}"
-            f"{r['share_of_copy']:>6.0%}{program:>9}{device:>9}{process:>9}"
+            f"{r['share_of_copy']:>6.0%}{program:>9}{device:>8}{step:>8}{process:>9}"
             f"{r['compile_seconds']:>7.1f} s"
         )
     first = _label(found[0], found)

@@ -32,8 +32,9 @@ examples:
 Columns: "matmul" and "copy" are shares of what matrix products and copies reach on this machine,
 in operations (a multiply-add is two) and in the least bytes that the network needs
 (docs/performance.md). Memory in MiB: "program" as the compiler planned it, for each device;
-"device" the accelerator's at most; "process" by how much the process grew since its framework was
-imported, what compiling left behind included. Of a peer's ways to compute (--peer-compile auto)
+"device" the accelerator's at most; "step" by how much the process grows in a step over what stays
+between two; "process" by how much it grew since its framework was imported, what compiling left
+behind included. Of a peer's ways to compute (--peer-compile auto)
 the faster is found once for each network, image size and number of cores, at the first batch size.
 """
 

@@ -4,13 +4,16 @@
     {"do": "run", "steps": 3}          -> {"wall": seconds, "processor": seconds}
     {"do": "profile", "steps": 3}      -> see kernels.py; only effv2_worker.py answers
     {"do": "memory"}                   -> {"resident_bytes": ..., "device_bytes": ...}
+    {"do": "step memory"}              -> {"step_bytes": ...}
     {"do": "quit"}
 
 A task that cannot be done is answered with {"refused": why}, a failure with {"failed": what}. Only
 the standard library is imported here: this file runs in other frameworks' environments too.
 """
 
+import ctypes
 import dataclasses
+import gc
 import json
 import os
 import sys
@@ -71,6 +74,8 @@ def serve(
                 answer = _run(prepared, message["steps"])
             elif message["do"] == "profile":
                 answer = prepared.profile(message["steps"])
+            elif message["do"] == "step memory":
+                answer = {"step_bytes": _step_bytes(prepared)}
             else:
                 peak = _resident("VmHWM")
                 answer = {
@@ -146,6 +151,25 @@ def _run(prepared: Prepared, steps: int) -> dict[str, float]:
         "wall": seconds / steps,
         "processor": (time.process_time() - processor) / steps,
     }
+
+
+def _step_bytes(prepared: Prepared) -> int | None:
+    """By how much a step lets this process grow over what stays between two steps.
+
+    Parameters stay, compiled programs and whatever a framework keeps for itself; activations,
+    gradients and what the step computes with come and go. Freed memory that the allocator keeps is
+    given back before.
+    """
+    gc.collect()
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallctl"):
+        library.mallctl(b"arena.4096.purge", None, None, None, 0)  # MALLCTL_ARENAS_ALL
+    elif hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
+    between = _resident("VmRSS")
+    _forget_peak()
+    prepared.run(1)
+    return None if between is None else _resident("VmHWM") - between
 
 
 def _resident(key: str) -> int | None:
