@@ -97,6 +97,21 @@ class _Block(nn.Module):
         return x + inputs
 
 
+def _convolve(
+    norm: nn.Module,
+    x: Array,
+    train: bool,
+    activation: Activation,
+    conv: nn.Module,
+    gate: nn.Module | None = None,
+) -> tuple[Array, Array]:
+    """Norm, activation, gate and convolution: what the last gives, and what it gets."""
+    if norm.remat:
+        return norm(x, train, activation, gate, conv)
+    y = norm(x, train, activation, gate)
+    return conv(y), y
+
+
 class MBConv(_Block):
     """1x1 expansion, depthwise convolution, squeeze-and-excite, linear 1x1 projection."""
 
@@ -126,12 +141,12 @@ class MBConv(_Block):
         if spec.expands:
             x = self.conv(spec.inner_channels // self.divide_by, name="expand_conv")(x)
             norm = self.norm(name="expand_norm")
-            x, _ = norm(x, train, self.activation, conv=depthwise)
+            x, _ = _convolve(norm, x, train, self.activation, depthwise)
         else:
             x = depthwise(x)
         project = self.conv(spec.channels, sum_over=self.sum_over, name="project_conv")
         norm, gate = self.norm(name="depthwise_norm"), self._squeeze_excite()
-        x, expansion = norm(x, train, self.activation, gate, project)
+        x, expansion = _convolve(norm, x, train, self.activation, project, gate)
         x = self.norm(name="project_norm")(x, train)
         return self._residual(inputs, x, survival_prob, noise), expansion
 
@@ -164,7 +179,7 @@ class FusedMBConv(_Block):
             project = self.conv(spec.channels, name="project_conv")
             norm, gate = self.norm(name="expand_norm"), self._squeeze_excite()
             if gate is None:
-                x, expansion = norm(x, train, self.activation, conv=project)
+                x, expansion = _convolve(norm, x, train, self.activation, project)
             else:
                 expansion = norm(x, train, self.activation)
                 x = project(gate(expansion))

@@ -134,8 +134,9 @@ def test_a_kernel_belongs_to_the_layer_that_asked_for_it(name, owner):
     assert kernels.owner_of(name, blocks) == owner
 
 
-def test_the_names_are_those_of_the_network_as_it_is_built():
-    model = create_model("testing", 10)
+@pytest.mark.parametrize("remat_norms", [False, True])
+def test_the_names_are_those_of_the_network_as_it_is_built(remat_norms):
+    model = create_model("testing", 10, remat_norms=remat_norms)
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
 

@@ -24,6 +24,8 @@ _PRODUCT = re.compile(r" (?:convolution|dot)\(")
 _CALLED = re.compile(r"calls=%?([\w.\-]+)")
 _LOOP = re.compile(r" while\(.*body=%?([\w.\-]+)")
 _ACTIVATION = re.compile("silu|swish|relu|gelu|mish")
+# A convolution without the name of its module, inside a norm.
+_CONVOLUTION = re.compile(r"\b(?:Depthwise)?Conv\b")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 
 
@@ -159,7 +161,10 @@ def owner_of(name: str, blocks: Sequence[Any]) -> Owner:
         return "head", "pooling", direction
     spec, part = blocks[int(outer.removeprefix("blocks_"))], _part(path) or "shortcut"
     gate = part == "squeeze-excite"
-    if path[0].startswith("depthwise_") or (gate and not spec.fused):
+    inside = part == "convolution" and path[0].endswith("_norm")
+    if inside:  # as `remat.normed_conv` applies it, by the name of its class
+        layer = "depthwise" if "DepthwiseConv" in name else "pointwise"
+    elif path[0].startswith("depthwise_") or (gate and not spec.fused):
         layer = "depthwise"
     elif spec.fused and (gate or path[0].startswith("expand_") or not spec.expands):
         layer = "dense"
@@ -170,8 +175,10 @@ def owner_of(name: str, blocks: Sequence[Any]) -> Owner:
 
 def _part(path: Sequence[str]) -> str | None:
     """What of a layer it is; a gate and an activation are applied inside the norm before them."""
-    if "se" in path:
+    if "se" in path or any("SqueezeExcite" in segment for segment in path):
         return "squeeze-excite"
+    if any(_CONVOLUTION.search(segment) for segment in path):
+        return "convolution"
     if any(segment.startswith("jit(") and _ACTIVATION.search(segment) for segment in path):
         return "activation"
     for segment in path[:-1]:
