@@ -5,6 +5,7 @@ Figure 2 of arXiv:2104.00298.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -60,6 +61,7 @@ class _Block(nn.Module):
       norm: makes a `BatchNorm`.
       activation: after every norm that is not the last one.
       implementation: of the lowering, one of `lowering.IMPLEMENTATIONS`.
+      remat_norms: see `network.EfficientNet`.
       divide_by: devices among which the inner channels are divided, of MBConv only.
       sum_over: mesh axis of these devices; None: not divided.
     """
@@ -70,6 +72,7 @@ class _Block(nn.Module):
     norm: ModuleDef
     activation: Activation
     implementation: str = "auto"
+    remat_norms: bool = False
     divide_by: int = 1
     sum_over: str | None = None
 
@@ -98,17 +101,15 @@ class _Block(nn.Module):
 
 
 def _convolve(
-    norm: nn.Module,
-    x: Array,
-    train: bool,
-    activation: Activation,
-    conv: nn.Module,
-    gate: nn.Module | None = None,
+    norm: nn.Module, conv: nn.Module, x: Array, train: bool, *following: Any, again: bool
 ) -> tuple[Array, Array]:
-    """Norm, activation, gate and convolution: what the last gives, and what it gets."""
-    if norm.remat:
-        return norm(x, train, activation, gate, conv)
-    y = norm(x, train, activation, gate)
+    """Norm, activation, gate and convolution: what the last gives, and what it gets.
+
+    A function, since operations of a method would have its name before their module's.
+    """
+    if again:
+        return norm(x, train, *following, conv=conv)
+    y = norm(x, train, *following)
     return conv(y), y
 
 
@@ -137,16 +138,17 @@ class MBConv(_Block):
         """
         spec = self.spec
         x = inputs = self._stored(inputs)
+        again = self.remat_norms and train and not self.is_initializing()
         depthwise = self.depthwise(spec.kernel, stride=spec.stride, name="depthwise_conv")
         if spec.expands:
             x = self.conv(spec.inner_channels // self.divide_by, name="expand_conv")(x)
             norm = self.norm(name="expand_norm")
-            x, _ = _convolve(norm, x, train, self.activation, depthwise)
+            x, _ = _convolve(norm, depthwise, x, train, self.activation, again=again)
         else:
             x = depthwise(x)
         project = self.conv(spec.channels, sum_over=self.sum_over, name="project_conv")
         norm, gate = self.norm(name="depthwise_norm"), self._squeeze_excite()
-        x, expansion = _convolve(norm, x, train, self.activation, project, gate)
+        x, expansion = _convolve(norm, project, x, train, self.activation, gate, again=again)
         x = self.norm(name="project_norm")(x, train)
         return self._residual(inputs, x, survival_prob, noise), expansion
 
@@ -172,6 +174,7 @@ class FusedMBConv(_Block):
         """
         spec = self.spec
         x = inputs = self._stored(inputs)
+        again = self.remat_norms and train and not self.is_initializing()
         if spec.expands:
             x = self.conv(
                 spec.inner_channels, kernel_size=spec.kernel, stride=spec.stride, name="expand_conv"
@@ -179,7 +182,7 @@ class FusedMBConv(_Block):
             project = self.conv(spec.channels, name="project_conv")
             norm, gate = self.norm(name="expand_norm"), self._squeeze_excite()
             if gate is None:
-                x, expansion = _convolve(norm, x, train, self.activation, project)
+                x, expansion = _convolve(norm, project, x, train, self.activation, again=again)
             else:
                 expansion = norm(x, train, self.activation)
                 x = project(gate(expansion))
@@ -194,13 +197,24 @@ class FusedMBConv(_Block):
         return self._residual(inputs, x, survival_prob, noise), expansion
 
 
-class Stem(nn.Module):
-    """3x3 convolution of stride 2, norm, activation: [N, H, W, 3] -> [N, H / 2, W / 2, C]."""
+class _End(nn.Module):
+    """What stem and head share.
+
+    Attributes:
+      channels: of the output.
+      conv: makes a `Conv` from features, kernel_size, stride.
+      norm: makes a `BatchNorm`.
+      activation: after the norm.
+    """
 
     channels: int
     conv: ModuleDef
     norm: ModuleDef
     activation: Activation
+
+
+class Stem(_End):
+    """3x3 convolution of stride 2, norm, activation: [N, H, W, 3] -> [N, H / 2, W / 2, C]."""
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
@@ -209,13 +223,8 @@ class Stem(nn.Module):
         return self.norm(name="norm")(x, train, self.activation)
 
 
-class Head(nn.Module):
+class Head(_End):
     """1x1 convolution, norm, activation: [N, h, w, C] -> [N, h, w, channels]."""
-
-    channels: int
-    conv: ModuleDef
-    norm: ModuleDef
-    activation: Activation
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:

@@ -65,7 +65,7 @@ class EfficientNet(nn.Module):
       remat_fused: FusedMBConv too, whose 3x3 convolutions cost most for the memory they give back;
         False: MBConv alone.
       remat_norms: recompute norms, activations and squeeze-and-excite, but no convolution, in every
-        block: less memory, a few more passes over it.
+        block but FusedMBConv with squeeze-and-excite: less memory, a few more passes over it.
       lowering: how layers are computed, one of `lowering.IMPLEMENTATIONS`.
       axis_name: mesh axis over which the batch is split, when applied inside `jax.shard_map`.
       channel_parallel: devices of that axis that divide the inner channels of the last blocks
@@ -292,12 +292,12 @@ class EfficientNet(nn.Module):
                 two_pass=self.bn_two_pass,
                 axis_name=None if divided else self.axis_name,
                 implementation=self.lowering,
-                remat=self.remat_norms,
                 freeze=self.freeze,
                 dtype=self.dtype,
             ),
             "activation": layers.get_activation(self.activation),
             "implementation": self.lowering,
+            "remat_norms": self.remat_norms,
             "divide_by": self.channel_parallel if divided else 1,
             "sum_over": self.axis_name if divided else None,
         }

@@ -40,8 +40,6 @@ class BatchNorm(nn.Module):
         where |mean| is far above the deviation.
       axis_name: mesh axis over which the batch is split; the layer then runs inside a `shard_map`.
       implementation: of the lowering, one of `lowering.IMPLEMENTATIONS`.
-      remat: the convolution that follows does not keep its input for the backward pass, which
-        computes it again (`remat.normed_conv`).
       freeze: regular expression of parameter paths; a layer whose scale and bias match it
         normalises by its moving statistics in training too, and leaves them as they are.
       dtype: of the output.
@@ -54,7 +52,6 @@ class BatchNorm(nn.Module):
     two_pass: bool = False
     axis_name: str | None = None
     implementation: str = "auto"
-    remat: bool = False
     freeze: str = ""
     dtype: jnp.dtype = jnp.float32
 
@@ -77,7 +74,8 @@ class BatchNorm(nn.Module):
           train: whether the statistics are those of x, and move.
           activation: of the normalised values.
           gate: a `blocks.SqueezeExcite`, applied to the activation.
-          conv: the convolution behind these, to be applied too.
+          conv: the convolution behind these, to be applied too; it does not keep what it gets for
+            the backward pass, which computes that again (`remat.normed_conv`).
 
         Returns:
           [N, H, W, C]; with `conv` a pair: what it gives, and what it gets.
@@ -96,7 +94,7 @@ class BatchNorm(nn.Module):
 
         def follow(values: Callable[[Array, Any], Array], vectors: Any) -> Any:
             """All that follows from the activation, which is values(x, vectors)."""
-            if conv is not None and again:
+            if conv is not None:
                 params, factors, means = None, None, None
                 if gate is not None:
                     module, params = gate.unbind()
@@ -104,10 +102,8 @@ class BatchNorm(nn.Module):
                 between = _Between(values, factors, means)
                 return _remat(forms, between, x, (vectors, params), conv)[:2]
             y = values(x, vectors)
-            y = y if gate is None else gate(y)
-            return y if conv is None else (conv(y), y)
+            return y if gate is None else gate(y)
 
-        again = self.remat and train and not self.is_initializing()
         if not train or self._is_frozen():
             factor = scale * lax.rsqrt(moving_var.value + self.epsilon)
             return follow(
@@ -126,13 +122,12 @@ class BatchNorm(nn.Module):
             if gate is not None:
                 module, params = gate.unbind()
                 how = dataclasses.replace(how, gate=functools.partial(_factor, module))
-            if conv is not None and again:
+            if conv is not None:
                 out, y, (mean, var) = _remat(
                     forms, how, x.astype(self.dtype), (scale, bias, params), conv
                 )
             else:
                 y, mean, var = own(how, x.astype(self.dtype), scale, bias, params)
-                out = y if conv is None else conv(y)
             self._move(moving_mean, moving_var, mean, var, x, device_groups)
             return y if conv is None else (out, y)
 
