@@ -97,7 +97,7 @@ class BatchNorm(nn.Module):
             if conv is not None:
                 params, factors, means = None, None, None
                 if gate is not None:
-                    module, params = gate.unbind()
+                    module, params = _unbound(gate)
                     factors, means = functools.partial(_factor, module), module.means
                 between = _Between(values, factors, means)
                 return _remat(forms, between, x, (vectors, params), conv)[:2]
@@ -120,7 +120,7 @@ class BatchNorm(nn.Module):
             how = lowering.Norm(self.epsilon, groups, axis_name, device_groups, activation)
             params = None
             if gate is not None:
-                module, params = gate.unbind()
+                module, params = _unbound(gate)
                 how = dataclasses.replace(how, gate=functools.partial(_factor, module))
             if conv is not None:
                 out, y, (mean, var) = _remat(
@@ -277,9 +277,15 @@ def _remat(
     forms: lowering.Lowering, between: Any, x: Array, params: Any, conv: nn.Module
 ) -> tuple[Array, Array, Any]:
     """`remat.normed_conv` with the module of a convolution."""
-    module, variables = conv.unbind()
+    module, variables = _unbound(conv)
     how = NormedConv(between, module.apply, forms.after)
     return normed_conv(how, x, params, variables)
+
+
+def _unbound(module: nn.Module) -> tuple[nn.Module, dict]:
+    """A submodule and its variables, with the name by which profiles find its operations."""
+    alone, variables = module.unbind()
+    return alone.clone(name=module.name), variables
 
 
 def _factor(squeeze_excite: nn.Module, variables: dict, means: Array) -> Array:

@@ -121,6 +121,22 @@ BACKWARD = "jit(f)/transpose(jvp(EfficientNet))/"
             BACKWARD + "blocks_4/depthwise_norm/se/se.factor/jit(silu)/mul",
             ("depthwise", "squeeze-excite", "backward"),
         ),
+        (
+            FORWARD + "blocks_4/depthwise_norm/jvp(se.factor)/expand/squeeze",
+            ("depthwise", "squeeze-excite", "forward"),
+        ),
+        (  # applied, as `remat_norms` has it, inside the norm before it
+            BACKWARD + "blocks_4/expand_norm/depthwise_conv/reduce_sum",
+            ("depthwise", "convolution", "backward"),
+        ),
+        (
+            BACKWARD + "blocks_4/depthwise_norm/transpose(jvp(project_conv))/dot_general",
+            ("pointwise", "convolution", "backward"),
+        ),
+        (
+            FORWARD + "blocks_1/expand_norm/project_conv/dot_general",
+            ("pointwise", "convolution", "forward"),
+        ),
         (FORWARD + "blocks_4/blocks_4._residual/add", ("pointwise", "shortcut", "forward")),
         ("jit(f)/EfficientNet/classifier/dot_general", ("classifier", "convolution", "forward")),
         (FORWARD + "reduce_sum", ("head", "pooling", "forward")),

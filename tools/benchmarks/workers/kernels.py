@@ -24,8 +24,8 @@ _PRODUCT = re.compile(r" (?:convolution|dot)\(")
 _CALLED = re.compile(r"calls=%?([\w.\-]+)")
 _LOOP = re.compile(r" while\(.*body=%?([\w.\-]+)")
 _ACTIVATION = re.compile("silu|swish|relu|gelu|mish")
-# A convolution without the name of its module, inside a norm.
-_CONVOLUTION = re.compile(r"\b(?:Depthwise)?Conv\b")
+# The module of a segment: "se" of "transpose(jvp(se.factor))".
+_MODULE = re.compile(r"(?:(?:jvp|transpose)\()*(\w*)")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 
 
@@ -161,12 +161,12 @@ def owner_of(name: str, blocks: Sequence[Any]) -> Owner:
         return "head", "pooling", direction
     spec, part = blocks[int(outer.removeprefix("blocks_"))], _part(path) or "shortcut"
     gate = part == "squeeze-excite"
-    inside = part == "convolution" and path[0].endswith("_norm")
-    if inside:  # as `remat.normed_conv` applies it, by the name of its class
-        layer = "depthwise" if "DepthwiseConv" in name else "pointwise"
-    elif path[0].startswith("depthwise_") or (gate and not spec.fused):
+    modules = _modules(path)
+    # A convolution can be applied inside the norm before it, which then stands first.
+    module = next((name for name in reversed(modules) if name.endswith("_conv")), modules[0])
+    if module.startswith("depthwise_") or (gate and not spec.fused):
         layer = "depthwise"
-    elif spec.fused and (gate or path[0].startswith("expand_") or not spec.expands):
+    elif spec.fused and (gate or module.startswith("expand_") or not spec.expands):
         layer = "dense"
     else:
         layer = "pointwise"
@@ -174,16 +174,18 @@ def owner_of(name: str, blocks: Sequence[Any]) -> Owner:
 
 
 def _part(path: Sequence[str]) -> str | None:
-    """What of a layer it is; a gate and an activation are applied inside the norm before them."""
-    if "se" in path or any("SqueezeExcite" in segment for segment in path):
+    """What of a layer it is: gates, activations and convolutions can be applied inside a norm."""
+    modules = _modules(path)
+    if "se" in modules:
         return "squeeze-excite"
-    if any(_CONVOLUTION.search(segment) for segment in path):
+    if any(name == "conv" or name.endswith("_conv") for name in modules):
         return "convolution"
     if any(segment.startswith("jit(") and _ACTIVATION.search(segment) for segment in path):
         return "activation"
-    for segment in path[:-1]:
-        if segment == "norm" or segment.endswith("_norm"):
-            return "norm"
-        if segment == "conv" or segment.endswith("_conv"):
-            return "convolution"
+    if any(name == "norm" or name.endswith("_norm") for name in modules):
+        return "norm"
     return None
+
+
+def _modules(path: Sequence[str]) -> list[str]:
+    return [_MODULE.match(segment)[1] for segment in path]
