@@ -5,10 +5,12 @@ Which these are on a backend is said in `lowering.TABLE`.
 
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 
 from effv2_jax.models import lowering
 from effv2_jax.models.network import EfficientNet
@@ -35,10 +37,15 @@ def infer(model: EfficientNet, variables: Mapping[str, Any], images: Array) -> A
         only = range(first, first + len(list(group)))
         first = only.stop
         apply = functools.partial(model.apply, variables, only=only)
-        if together == count:
-            x = apply(x)
-        else:
-            groups = x.reshape(-1, together, *x.shape[1:])
-            x = jax.lax.map(apply, groups)
-            x = x.reshape(count, *x.shape[2:])
+        x = apply(x) if together == count else _in_parts(apply, x, together)
     return x
+
+
+def _in_parts(apply: Callable[[Array], Array], x: Array, together: int) -> Array:
+    """Applies a function to so many images at a time."""
+    # The parts are no argument of `map`: XLA's CPU backend would copy all images into its loop.
+    results = lax.map(
+        lambda first: apply(lax.dynamic_slice_in_dim(x, first, together)),
+        jnp.arange(0, len(x), together),
+    )
+    return results.reshape(len(x), *results.shape[2:])

@@ -15,7 +15,13 @@ from jax.sharding import PartitionSpec
 
 from effv2_jax.models import lowering
 from effv2_jax.models.initial_variables import init_variables
-from effv2_jax.models.lowering import cpu_dense, cpu_depthwise, cpu_winograd, windows
+from effv2_jax.models.lowering import (
+    cpu_activation,
+    cpu_dense,
+    cpu_depthwise,
+    cpu_winograd,
+    windows,
+)
 from effv2_jax.models.lowering.bands import Bands
 from effv2_jax.models.lowering.geometry import make_geometry
 from effv2_jax.models.network import create_model
@@ -280,6 +286,25 @@ def test_the_stored_activation_has_the_same_values_and_gradients():
     stored = lowering.choose("cpu").activation(nn.silu)
     for one, other in zip(derivatives(stored), derivatives(nn.silu), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_silu_rounds_no_worse_than_it_says():
+    x = jnp.concatenate([jnp.linspace(-80, 88, 300_001), jnp.linspace(-2, 2, 300_001)])
+    exact = np.asarray(x, np.float64)
+    sigmoid = 1 / (1 + np.exp(-exact))
+    values = jax.jit(cpu_activation.silu)(x)
+    np.testing.assert_allclose(values, exact * sigmoid, rtol=3e-7, atol=1e-33)
+    slopes = jax.jit(jax.vmap(jax.grad(cpu_activation.silu)))(x)
+    np.testing.assert_allclose(slopes, sigmoid * (1 + exact * (1 - sigmoid)), rtol=0, atol=2e-6)
+
+
+def test_silu_of_what_is_no_usual_number():
+    x = jnp.array([jnp.nan, jnp.inf, 3e38, 0.0, -90.0, -3e38])
+    np.testing.assert_allclose(cpu_activation.silu(x), [jnp.nan, jnp.inf, 3e38, 0, 0, 0], atol=2)
+    for dtype in (jnp.bfloat16, jnp.float16):
+        few = jnp.linspace(-9, 9, 99, dtype=dtype)
+        same = [jax.vmap(jax.value_and_grad(f))(few) for f in (cpu_activation.silu, nn.silu)]
+        np.testing.assert_array_equal(*same)
 
 
 def test_the_table_decides_by_backend(monkeypatch):
