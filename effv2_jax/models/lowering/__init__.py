@@ -97,7 +97,7 @@ _CPU = Lowering(
     activation=cpu_activation.stored,
     # The maps of a few images stay in the caches from one layer to the next, those of a batch do
     # not. Matrix products want some hundred rows (docs/cpu_forms.md).
-    pixels_at_once=1536,
+    pixels_at_once=1024,
     # V2-B0's 481 waits of a step become 179; to join larger arrays costs what is left to gain.
     joined_bytes=2**16,
     # Up to here more is saved with the kernels' gradients and updates than whole maps cost.
