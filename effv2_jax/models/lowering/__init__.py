@@ -46,7 +46,7 @@ class Lowering:
         norm: batch normalisation in training with what follows it up to the next convolution, as
             `gpu_norm.norm`, differentiable once; None: as `norm.BatchNorm` defines it,
             differentiated by JAX.
-        activation: wraps the activation functions behind norms; the values stay the same.
+        activation: wraps the activation functions behind norms; same values to rounding.
         stored: applied to the input of a block with a shortcut, which several operations read.
         after: (x, y) -> x, from which nothing is computed before y is there (`models/remat.py`).
         pixels_at_once: of a layer's inputs that are computed together in inference; None: of all

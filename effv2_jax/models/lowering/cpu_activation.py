@@ -12,8 +12,8 @@ _Function = Callable[[jax.Array], jax.Array]
 
 # ln 2 in two parts, so that n times the first is exact for |n| < 2**15.
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
-# e**-r = 1 - r + c[0] r**2 + c[1] r**3 + ... for |r| <= ln(2) / 2: the polynomial of fifth degree
-# with the least largest relative error, 1.05e-7.
+# e**-r = 1 - r + c[0] r**2 + c[1] r**3 + ... for |r| <= ln(2) / 2: of the polynomials of fifth
+# degree that begin so, the one with the least largest relative error, 1.05e-7.
 _COEFFICIENTS = (0.499992311, -0.166671142, 0.0418901555, -0.00831251964)
 
 
@@ -45,7 +45,7 @@ def silu(x: jax.Array) -> jax.Array:
     """The product of x and its sigmoid, any shape; float32 to 3e-7 of each value.
 
     A network computes a few million of them for an image. XLA's exponential guards every step of
-    itself and is multiplied once more: this takes two thirds of the time (docs/cpu_forms.md).
+    itself and is multiplied once more: this takes three quarters of the time (docs/cpu_forms.md).
     Below -88 it is x / e**88. Other types are left to `jax.nn.silu`.
     """
     return jax.nn.silu(x) if x.dtype != jnp.float32 else x / (1 + _exp_of_minus(x))
