@@ -116,7 +116,7 @@ def test_tables_have_the_ratios_and_how_the_fastest_peer_stands(tmp_path, capsys
     line = "| 128 | 8 | 1 | train | 120.0 (108.0 - 132.0) | 100.0 (90.0 - 110.0) "
     assert line in text
     assert "| 1.20 (1.00 - 2.00) | 1.50 (1.00 - 2.00) |" in text
-    assert "of 8 cases: median 1.20, from 1.20 to 1.20" in text
+    assert "of 8 cases: median 1.20 (1.20 - 1.20)." in text
     assert "| stem: Conv, 3x3, stride 2 | 1 | 192 x 192 x 3 | 2.00 | 50% |" in text
     assert "| convolution | " in text
     assert text.count("| the step | ") == 1
@@ -134,6 +134,9 @@ def test_tables_of_several_networks_and_times_are_summed_up(tmp_path, capsys):
         "measured: matrix products float32 90 to 110, bfloat16 50 GFLOP/s, copies 20.0 GB/s" in text
     )
     assert "All networks together. Against the fastest peer of each of 16 cases" in text
+    assert "| network | type | 1 core, train | 1 core, infer |" in text
+    least = "1.20 (1.20 - 1.20) [4]"
+    assert f"| efficientnetv2-s | float32 | {least} | {least} |" in text
 
 
 @pytest.mark.parametrize("part", ["draw", "tables"])

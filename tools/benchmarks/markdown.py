@@ -64,22 +64,44 @@ def _steps(found: Sequence[Record]) -> Iterable[str]:
         lines = [f"**{model}, {dtype}**", _table(head, rows), *_summary(group)]
         yield "\n\n".join([*lines, "\n".join(f"* {line}" for line in told)])
     if len({record["model"] for record in found}) > 1:
-        yield from ("All networks together. " + line for line in _summary(found))
+        together = _summary(found)
+        yield from ("All networks together. " + line for line in together)
+        yield from [_kinds(found)] if together else []
 
 
 def _summary(found: Sequence[Record]) -> list[str]:
     """How this project stands to the fastest peer of every case."""
+    best = _least_ratios(found)
+    if not best:
+        return []
+    return [f"Against the fastest peer of each of {len(best)} cases: median {_spread(best)}."]
+
+
+def _kinds(found: Sequence[Record]) -> str:
+    """The same by network, number of cores and step; the number of cases in brackets."""
+    kinds = [kind for kind, _ in _groups(found, "cores", "mode")]
+    kinds.sort(key=lambda kind: (kind[0], kind[1] != "train"))
+    rows = []
+    for values, group in _groups(found, "model", "dtype"):
+        best = {kind: _least_ratios(same) for kind, same in _groups(group, "cores", "mode")}
+        cells = [best.get(kind) for kind in kinds]
+        rows.append([*values, *(f"{_spread(c)} [{len(c)}]" if c else "" for c in cells)])
+    head = [f"{cores} core{'s' * (cores > 1)}, {mode}" for cores, mode in kinds]
+    return _table(["network", "type", *head], rows)
+
+
+def _least_ratios(found: Sequence[Record]) -> list[float]:
+    """Of every case, the ratio to the peer that is the fastest there."""
     best = []
     keys = ("model", "dtype", "image_size", "batch", "cores", "mode", "recipe", "stage")
     for _, case in _groups([record for record in found if "ratio" in record], *keys):
         peers = [record["ratio"][0] for record in case if record["framework"] != OWN]
         best += [min(peers)] if peers else []
-    if not best:
-        return []
-    return [
-        f"Against the fastest peer of each of {len(best)} cases: median "
-        f"{statistics.median(best):.2f}, from {min(best):.2f} to {max(best):.2f}."
-    ]
+    return best
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f} - {max(values):.2f})"
 
 
 def _blocks(found: Sequence[Record]) -> Iterable[str]:
