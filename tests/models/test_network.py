@@ -74,9 +74,12 @@ def _trained(**overrides):
 
 
 def _assert_trees_close(found, expected, *, rtol):
-    """Relative to each tensor's largest element; gradients that cancel to rounding are compared
-    with the largest of the tree."""
-    floor = 1e-2 * max(np.max(np.abs(leaf)) for leaf in jax.tree.leaves(expected))
+    """Relative to each tensor's largest element, or a tenth of the tree's.
+
+    A bias whose next norm takes it away again has a gradient that is the rounding of its terms,
+    1e-7 of the tree's largest element, and another one with every order of the sums.
+    """
+    floor = 0.1 * max(np.max(np.abs(leaf)) for leaf in jax.tree.leaves(expected))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert np.max(np.abs(a - b)) <= rtol * max(np.max(np.abs(b)), floor)
 
