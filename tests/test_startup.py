@@ -237,6 +237,35 @@ def test_devices_are_a_power_of_two_of_the_cores(monkeypatch, cores, devices):
         assert (flags, notes) == ("", [])
 
 
+@pytest.mark.parametrize(
+    ("vendor", "family", "model", "flags", "fast"),
+    [
+        ("AuthenticAMD", 26, 2, "avx2 avx512f avx512_bf16", True),
+        ("AuthenticAMD", 25, 1, "avx2", False),
+        ("GenuineIntel", 6, 207, "avx512f avx512_bf16 amx_tile", True),
+        ("GenuineIntel", 6, 207, "avx512f avx512_vnni", True),  # hidden by a virtual machine
+        ("GenuineIntel", 6, 207, "avx2", False),
+        ("GenuineIntel", 6, 106, "avx512f avx512_vnni", False),  # Ice Lake
+        ("GenuineIntel", 6, 151, "avx2 avx_vnni", False),  # Alder Lake
+    ],
+)
+def test_512_bit_vectors_are_for_processors_that_keep_their_clock(
+    tmp_path, vendor, family, model, flags, fast
+):
+    file = tmp_path / "cpuinfo"
+    core = f"vendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: {model}\n"
+    core += f"flags\t\t: {flags}\n"
+    file.write_text(f"processor\t: 0\n{core}\nprocessor\t: 1\n{core}")
+    assert startup._has_fast_avx512(file) is fast
+
+
+def test_a_system_that_does_not_describe_its_processor_keeps_its_vectors(tmp_path):
+    file = tmp_path / "cpuinfo"
+    assert startup._has_fast_avx512(file) is False
+    file.write_text("processor\t: 0\nFeatures\t: fp asimd\n\n")
+    assert startup._has_fast_avx512(file) is False
+
+
 def test_the_users_choice_of_compiler_passes_stays(monkeypatch):
     monkeypatch.setattr(startup, "usable_cores", lambda: 2)
     assert startup.compiler_options(2)
