@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 
 from benchmarks import contest, peers  # noqa: E402
-from benchmarks.workers import serve  # noqa: E402
+from benchmarks.workers import pipeline, serve  # noqa: E402
 
 WORKER = Path(__file__).parent / "idle_worker.py"
 
@@ -144,6 +144,21 @@ def test_packages_are_looked_for_in_the_other_interpreter():
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux says how large it is")
+def test_batches_that_come_four_at_once_are_not_taken_for_free(monkeypatch):
+    clock = 0.0
+
+    def start():
+        nonlocal clock
+        while True:
+            clock += 4.0
+            yield from range(4)
+
+    monkeypatch.setattr(pipeline.time, "perf_counter", lambda: clock)
+    run = pipeline.timed(start, warm=9)
+    for steps in (1, 25):
+        assert run(steps) / steps == pytest.approx(1.0, rel=0.25)
+
+
 def test_memory_of_a_step_is_what_it_takes_beside_what_stays():
     stays = []
 
