@@ -3,7 +3,6 @@ import concurrent.futures
 import numpy as np
 import pytest
 
-from effv2_jax.data import resize
 from effv2_jax.data.resize import resize_bicubic, resize_bicubic_v1, resize_bilinear
 from tests import reference
 from tests.data import pictures
@@ -48,16 +47,6 @@ def test_bilinear_equals_its_definition(shape):
     expected = _bilinear_by_the_definition(image.astype(np.float64), 64, 48)
     # float32 against float64, of 255.
     np.testing.assert_allclose(resize_bilinear(image, (64, 48)), expected, atol=2e-4)
-
-
-@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
-@pytest.mark.parametrize("shape", [(61, 83), (300, 40), (40, 300), (2000, 3)])
-def test_bands_of_rows_change_nothing(shape, dtype, monkeypatch):
-    image = pictures.photograph(shape[1], shape[0])
-    whole = resize_bilinear(image, (64, 48), dtype=dtype)
-    for rows in (1, 7, 63):
-        monkeypatch.setattr(resize, "_BAND", rows * 48 * 3)
-        np.testing.assert_array_equal(resize_bilinear(image, (64, 48), dtype=dtype), whole)
 
 
 def test_uint8_is_truncated_not_rounded():
