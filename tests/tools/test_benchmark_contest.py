@@ -143,7 +143,6 @@ def test_packages_are_looked_for_in_the_other_interpreter():
         contest.missing("/no/such/python", ["json"])
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux says how large it is")
 def test_batches_that_come_four_at_once_are_not_taken_for_free(monkeypatch):
     clock = 0.0
 
@@ -159,6 +158,7 @@ def test_batches_that_come_four_at_once_are_not_taken_for_free(monkeypatch):
         assert run(steps) / steps == pytest.approx(1.0, rel=0.25)
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux says how large it is")
 def test_memory_of_a_step_is_what_it_takes_beside_what_stays():
     stays = []
 
