@@ -16,6 +16,9 @@ _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
 # degree that begin so, the one with the least largest relative error, 1.05e-7.
 _COEFFICIENTS = (0.499992311, -0.166671142, 0.0418901555, -0.00831251964)
 
+# 1.5 * 2**23: float32 next to it are whole numbers.
+_ROUNDS = 12582912.0
+
 
 def stored(function: _Function) -> _Function:
     """Returns the activation function with the same values and gradients; no forward mode.
@@ -76,11 +79,16 @@ def _sigmoid_jvp(
 def _exp_of_minus(x: jax.Array) -> jax.Array:
     """e**-x, float32, x taken as no less than -88 and no more than 87."""
     x = lax.clamp(jnp.float32(-88), x, jnp.float32(87))
-    n = lax.round(x * -1.44269504, lax.RoundingMethod.TO_NEAREST_EVEN)  # by log2(e)
-    r = x + n * _LN2_HIGH + n * _LN2_LOW
+    # -x log2(e) = n + a rest; the sum has n, rounded, as its last bits. The difference is -n: XLA
+    # would fold the constants of the opposite one.
+    sum_with_n = x * -1.44269504 + _ROUNDS
+    minus_n = _ROUNDS - sum_with_n
+    r = x - minus_n * _LN2_HIGH - minus_n * _LN2_LOW
     polynomial = jnp.full_like(r, _COEFFICIENTS[-1])
     for coefficient in (*_COEFFICIENTS[-2::-1], -1, 1):
         polynomial = polynomial * r + coefficient
     # Times 2**n: n is added to the exponent.
-    bits = lax.bitcast_convert_type(polynomial, jnp.int32) + (n.astype(jnp.int32) << 23)
-    return lax.bitcast_convert_type(bits, jnp.float32)
+    polynomial, sum_with_n = (
+        lax.bitcast_convert_type(v, jnp.int32) for v in (polynomial, sum_with_n)
+    )
+    return lax.bitcast_convert_type(polynomial + (sum_with_n << 23), jnp.float32)
