@@ -1,6 +1,6 @@
 """The layers of the networks: what convolution, activation, dropout and drop path mean.
 
-Parameters and moving statistics are float32; `dtype` is the compute type. Convolution kernels are
+Parameters and moving statistics are float32; `dtype` is the type of maps. Convolution kernels are
 [k, k, in, out], depthwise kernels [k, k, 1, channels] (TensorFlow's are [k, k, channels, 1]).
 How convolutions are computed on a backend is the business of the package `lowering`.
 """
@@ -126,7 +126,9 @@ class Conv(nn.Module):
       stride: step in both directions.
       use_bias: whether to add a bias.
       padding: "SAME" (TensorFlow's) or "SYMMETRIC" (PyTorch's); they differ at stride 2.
-      dtype: compute type.
+      dtype: of the input and output.
+      product_dtype: of the kernel, and maybe of what it multiplies, see `lowering.conv2d`; None:
+        dtype.
       implementation: of the lowering, one of `lowering.IMPLEMENTATIONS`.
       initializer: of the kernel, one of INITIALIZERS.
       sum_over: mesh axis over whose devices the input channels are divided, inside
@@ -139,6 +141,7 @@ class Conv(nn.Module):
     use_bias: bool = False
     padding: str = "SAME"
     dtype: jnp.dtype = jnp.float32
+    product_dtype: jnp.dtype | None = None
     implementation: str = "auto"
     initializer: str = "official"
     sum_over: str | None = None
@@ -150,7 +153,7 @@ class Conv(nn.Module):
         kernel = self.param("kernel", _kernel_init("conv", self.initializer), shape, jnp.float32)
         x = lowering.conv2d(
             x.astype(self.dtype),
-            kernel.astype(self.dtype),
+            kernel.astype(self.product_dtype or self.dtype),
             stride=self.stride,
             padding=_pads(self.kernel_size, self.padding),
             implementation=self.implementation,

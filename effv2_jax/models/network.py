@@ -72,7 +72,8 @@ class EfficientNet(nn.Module):
         (`channel_parallel_blocks`) in training: each has all images there and its part of the
         channels, with the variables that belong to them; 1: images are divided everywhere.
       freeze: regular expression; norms whose parameters match it are frozen (`norm.BatchNorm`).
-      dtype: compute type; parameters, statistics and logits are float32 always.
+      dtype: compute type; parameters, statistics and logits are float32 always, on CPUs the maps
+        between convolutions too (`map_dtype`).
     """
 
     variant: str
@@ -137,6 +138,11 @@ class EfficientNet(nn.Module):
             pixels.append(math.prod(size))
             size = [-(-side // stride) for side in size]
         return pixels
+
+    @property
+    def map_dtype(self) -> jnp.dtype:
+        """Type of the maps between the convolutions, see `lowering.Lowering`."""
+        return lowering.choose(self.lowering).map_type(jnp.dtype(self.dtype))
 
     @property
     def stem_channels(self) -> int:
@@ -204,7 +210,7 @@ class EfficientNet(nn.Module):
         only = range(len(specs) + 2) if only is None else only
         if 0 in only:
             stem = block_modules.Stem(self.stem_channels, name="stem", **outer)
-            x = stem(x.astype(self.dtype), train)
+            x = stem(x.astype(self.map_dtype), train)
             ends["stem"] = x
 
         reductions = 0
@@ -276,12 +282,12 @@ class EfficientNet(nn.Module):
         """
         conv = {
             "padding": self.padding,
-            "dtype": self.dtype,
+            "dtype": self.map_dtype,
             "implementation": self.lowering,
             "initializer": self.initializer,
         }
         return {
-            "conv": functools.partial(layers.Conv, **conv),
+            "conv": functools.partial(layers.Conv, product_dtype=self.dtype, **conv),
             "depthwise": functools.partial(layers.DepthwiseConv, **conv),
             "norm": functools.partial(
                 BatchNorm,
@@ -293,7 +299,7 @@ class EfficientNet(nn.Module):
                 axis_name=None if divided else self.axis_name,
                 implementation=self.lowering,
                 freeze=self.freeze,
-                dtype=self.dtype,
+                dtype=self.map_dtype,
             ),
             "activation": layers.get_activation(self.activation),
             "implementation": self.lowering,

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -199,6 +200,109 @@ def test_bfloat16_sums_in_float32(kind):
     _assert_same(results, jax.jit(plain)(half.astype(jnp.float32), weights), tolerance=4.5e-3)
 
 
+def test_rounding_by_bits_is_that_of_a_cast():
+    special = [0, 1e-45, -1e-40, 2**-126, 3.38e38, 3.4e38, np.inf, np.nan, 1 + 2**-8, 1 + 3 * 2**-8]
+    drawn = np.random.default_rng(0).integers(0, 2**32, 10**5, np.uint32).view(np.float32)
+    x = np.float32([*special, *(-v for v in special), *drawn[~np.isnan(drawn)]])
+    found = jax.jit(windows.rounded, static_argnums=1)(x, jnp.bfloat16)
+    np.testing.assert_array_equal(np.float32(found), np.float32(jnp.asarray(x, jnp.bfloat16)))
+    slope = jax.grad(lambda x: windows.rounded(x, jnp.bfloat16).astype(jnp.float32) ** 2)(3.0)
+    assert slope == 6
+    for dtype in (jnp.float16, jnp.float32):
+        assert windows.rounded(jnp.ones(3), dtype).dtype == dtype
+
+
+def _rounded(x, dtype=jnp.bfloat16):
+    return x.astype(dtype).astype(jnp.float32)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    ("shape", "kernel", "filters", "stride"),
+    [
+        ((1, 1, 1, 8), 1, 1, 1),
+        ((1, 1, 1, 1), 1, 8, 1),
+        ((2, 1, 3, 1), 1, 1, 1),
+        ((3, 5, 7, 17), 1, 30, 1),
+        ((8, 12, 12, 40), 1, 24, 1),  # the narrower side first
+        ((2, 48, 48, 8), 1, 16, 1),  # many pixels
+        ((2, 12, 12, 16), 3, 64, 1),
+        ((2, 13, 11, 5), 3, 72, 2),
+        ((3, 60, 44, 3), 3, 64, 1),  # bands, of which the last begins in the one before
+        ((2, 9, 9, 8), 3, 16, 2),  # few filters
+    ],
+)
+def test_a_narrow_kernel_is_multiplied_by_narrow_numbers(shape, kernel, filters, stride, dtype):
+    _, *size, channels = shape
+    x, weights = _operands(
+        "dense", n=shape[0], size=size, channels=channels, filters=filters, kernel=kernel
+    )
+    cpu, plain = (_operation("dense", form, stride, "SAME") for form in ("cpu", "plain"))
+    y, pull_back = jax.vjp(jax.jit(cpu), x, weights.astype(dtype))
+    dy = jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape)
+    dx, dkernel = jax.jit(pull_back)(dy)
+    assert (y.dtype, dx.dtype, dkernel.dtype) == (jnp.float32, jnp.float32, dtype)
+
+    def exact(x, dy, weights):
+        y, pull_back = jax.vjp(plain, x, weights)
+        return y, *pull_back(dy)
+
+    narrow = jax.jit(exact)(*(_rounded(v, dtype) for v in (x, dy, weights)))
+    wide = jax.jit(exact)(x, dy, _rounded(weights, dtype))
+    # What is rounded is rounded once, before it is multiplied, and the kernel's gradient at last.
+    as_said = "wide" if kernel > 1 and filters < 64 else "narrow"
+    np.testing.assert_allclose(y, {"wide": wide, "narrow": narrow}[as_said][0], **_within(y))
+    expected = narrow[1] if kernel == 1 else wide[1]
+    np.testing.assert_allclose(dx, expected, **_within(dx))
+    step = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(np.float32(dkernel), narrow[2], **_within(narrow[2], rtol=step))
+
+
+def _within(values, rtol=0.0):
+    return {"rtol": rtol, "atol": TOLERANCE * max(float(np.abs(values).max()), 1e-3)}
+
+
+def test_products_of_narrow_numbers_are_not_widened():
+    """By the compiled program: XLA widens them for most of what could be asked instead."""
+    if "avx512_bf16" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("SKIPPED: this processor has no instructions for bfloat16")
+    cases = (
+        ((8, 6, 6, 192), 1, 1152),
+        ((8, 6, 6, 1152), 1, 192),
+        ((8, 12, 12, 112), 1, 672),
+        ((8, 12, 12, 672), 1, 112),
+        ((2, 24, 24, 48), 3, 192),
+    )
+    for (n, *size, channels), kernel, filters in cases:
+        x, weights = _operands(
+            "dense", n=n, size=size, channels=channels, filters=filters, kernel=kernel
+        )
+        run = functools.partial(_value_and_gradients, _operation("dense", "cpu", 1, "SAME"))
+        text = jax.jit(run).lower(x, weights.astype(jnp.bfloat16)).compile().as_text()
+        types = dict(re.findall(r"%?([\w.\-]+) = (\w+)\[", text))
+        operands = re.findall(r" dot\(%?([\w.\-]+), %?([\w.\-]+)\)", text)
+        found = [tuple(types[name] for name in pair) for pair in operands]
+        # Of a 3x3 convolution the input's gradient has few filters: it stays float32.
+        expected = 3 if kernel == 1 else 2
+        assert found.count(("bf16", "bf16")) == expected, (channels, kernel, filters, found)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_narrow_products_may_be_transposed(dtype):
+    """XLA chooses products of 16-bit numbers, turns some around, and then has none for them."""
+    x, weights = _operands("dense", size=(5, 4), channels=24, filters=40, kernel=1, dtype=dtype)
+    weights = weights.astype(jnp.bfloat16)
+    convolve = _operation("dense", "cpu", 1, "SAME")
+
+    def turned(x, weights):
+        y, dx, dkernel = _value_and_gradients(convolve, x, weights)
+        return y.reshape(-1, 40).T, dx.reshape(-1, 24).T, dkernel[0, 0].T
+
+    straight = jax.jit(functools.partial(_value_and_gradients, convolve))(x, weights)
+    for one, other in zip(jax.jit(turned)(x, weights), straight, strict=True):
+        np.testing.assert_array_equal(one.T.ravel(), other.ravel())
+
+
 def test_values_that_are_not_finite_or_tiny_pass_unchanged():
     special = [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-45, -1e-45, 1e38, -1.5, 2**-149]
     for dtype in (np.float32, jnp.bfloat16):
@@ -272,6 +376,32 @@ def test_gradient_of_the_gradient_exists():
 
     second = [jax.jit(jax.grad(slope), static_argnums=1)(weights, f) for f in ("cpu", "plain")]
     np.testing.assert_allclose(*second, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kernel", "filters"), [(1, 8), (3, 64)])
+def test_gradient_of_the_gradient_exists_for_narrow_numbers(kernel, filters):
+    x, weights = _operands("dense", n=2, size=(6, 6), channels=3, filters=filters, kernel=kernel)
+
+    def slope(x, form):
+        def value(x):
+            narrow = weights.astype(jnp.bfloat16) if form == "cpu" else _rounded(weights)
+            return jnp.sum(jnp.sin(_operation("dense", form, 1, "SAME")(x, narrow)))
+
+        return jnp.sum(jax.grad(value)(x) ** 2)
+
+    def of_kernel(weights, form):
+        def value(weights):
+            narrow = weights.astype(jnp.bfloat16) if form == "cpu" else weights
+            return jnp.sum(jnp.sin(_operation("dense", form, 1, "SAME")(x, narrow)))
+
+        return jnp.sum(jax.grad(value)(weights) ** 2)
+
+    for function, at in ((slope, x), (of_kernel, 0.1 * weights)):
+        one, other = (
+            jax.jit(jax.grad(function), static_argnums=1)(at, f) for f in ("cpu", "plain")
+        )
+        error = np.linalg.norm(one - other) / np.linalg.norm(other)
+        assert error < 0.02, error  # a few roundings to 8 bits; without a term of it 0.5 or more
 
 
 def test_the_stored_activation_has_the_same_values_and_gradients():

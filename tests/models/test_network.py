@@ -268,8 +268,9 @@ def test_survival_of_each_block_can_be_a_custom_function():
     assert shapes[0].shape == (8, 10)
 
 
-def test_bfloat16_computes_in_bfloat16_with_float32_state_and_logits():
-    model = create_model("testing", 10, dtype=jnp.bfloat16)
+@pytest.mark.parametrize(("form", "maps"), [("plain", jnp.bfloat16), ("cpu", jnp.float32)])
+def test_bfloat16_computes_in_bfloat16_with_float32_state_and_logits(form, maps):
+    model = create_model("testing", 10, dtype=jnp.bfloat16, lowering=form)
 
     def run(variables, images, key):
         logits, ends = model.apply(variables, images, endpoints=True)
@@ -282,7 +283,8 @@ def test_bfloat16_computes_in_bfloat16_with_float32_state_and_logits():
     assert {x.dtype for x in jax.tree.leaves((variables, moved, grads))} == {jnp.dtype("float32")}
     assert logits.dtype == train_logits.dtype == jnp.float32
     inner = {name: x.dtype for name, x in ends.items() if name not in ("pooled_features", "head")}
-    assert set(inner.values()) == {jnp.dtype(jnp.bfloat16)}
+    # CPUs round what is multiplied alone.
+    assert set(inner.values()) == {jnp.dtype(maps)}
 
 
 def test_bfloat16_stays_near_float32():

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import jax
+import jax.numpy as jnp
 
 from effv2_jax.models.lowering import (
     cpu_activation,
@@ -48,6 +49,7 @@ class Lowering:
             differentiated by JAX.
         activation: wraps the activation functions behind norms; same values to rounding.
         stored: applied to the input of a block with a shortcut, which several operations read.
+        map_type: the type of maps between convolutions that multiply numbers of the given type.
         after: (x, y) -> x, from which nothing is computed before y is there (`models/remat.py`).
         pixels_at_once: of a layer's inputs that are computed together in inference; None: of all
             images.
@@ -64,6 +66,7 @@ class Lowering:
     norm: Callable[..., tuple[jax.Array, jax.Array, jax.Array]] | None = None
     activation: Callable[[_Function], _Function] = lambda function: function
     stored: _Function = lambda x: x
+    map_type: Callable[[jnp.dtype], jnp.dtype] = lambda dtype: dtype
     after: Callable[[jax.Array, jax.Array], jax.Array] = ordering.arithmetic
     pixels_at_once: int | None = None
     joined_bytes: int = 0
@@ -95,6 +98,8 @@ _CPU = Lowering(
     pointwise=cpu_dense.pointwise,
     depthwise=cpu_depthwise.depthwise,
     activation=cpu_activation.stored,
+    # CPUs have fast products of 16-bit numbers and little else for them.
+    map_type=lambda dtype: jnp.promote_types(dtype, jnp.float32),
     # The maps of a few images stay in the caches from one layer to the next, those of a batch do
     # not. Matrix products want some hundred rows (docs/cpu_forms.md).
     pixels_at_once=1024,
@@ -141,7 +146,8 @@ def conv2d(
 
     Args:
         x: [N, H, W, C], float32, bfloat16 or float16: the type that is computed in.
-        kernel: [k, k, C, O], any float type; cast to that of `x`.
+        kernel: [k, k, C, O], any float type; cast to that of `x`, or `x` to a narrower one of the
+            kernel where the form multiplies narrow numbers faster. Sums are not narrow.
         stride: the same along both axes.
         padding: "SAME" as in TensorFlow (at stride 2 the odd row or column is at the bottom or
             right), "VALID", or explicit ((top, bottom), (left, right)).

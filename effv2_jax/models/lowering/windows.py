@@ -1,5 +1,6 @@
 """Pieces of images that the CPU forms are made of."""
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -26,6 +27,28 @@ def materialize(x: jax.Array) -> jax.Array:
     bits = lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
     one = lax.min(lax.bitwise_or(bits, bits.dtype.type(1)), jnp.ones_like(bits))
     return x / one.astype(x.dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def rounded(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Returns x as numbers of that type, rounded to the nearest, the even one of two.
+
+    From float32 to bfloat16 by the bits, without the test for NaN that XLA's CPU backend makes for
+    each and for which it computes with half a vector: silu and this take two thirds of the time. A
+    NaN stays one, unless the upper 15 bits of its payload are set, which no operation does.
+    """
+    if x.dtype != jnp.float32 or dtype != jnp.bfloat16:
+        return x.astype(dtype)
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    bits += 0x7FFF + (bits >> 16 & 1)
+    return lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
+
+
+@rounded.defjvp
+def _rounded_jvp(
+    dtype: jnp.dtype, inputs: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    return rounded(*inputs, dtype), tangents[0].astype(dtype)
 
 
 def pad_image(x: jax.Array, padding: tuple[tuple[int, int], tuple[int, int]]) -> jax.Array:
