@@ -129,7 +129,7 @@ def _dense(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
 def _dense_forward(
     x: jax.Array, kernel: jax.Array, geometry: Geometry
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _dense(x, kernel, geometry), (x.astype(_product_type(x, kernel)), kernel)
+    return _dense(x, kernel, geometry), (rounded(x, _product_type(x, kernel)), kernel)
 
 
 def _dense_backward(
@@ -201,7 +201,7 @@ def _kernel_gradient(
     """Gradient of the kernel, [k, k, C, O], by the form that is fastest for the type and shape."""
     narrow = _product_type(x, kernel)
     if narrow.itemsize == 2:
-        return _narrow_kernel_gradient(x.astype(narrow), dy.astype(narrow), geometry)
+        return _narrow_kernel_gradient(rounded(x, narrow), rounded(dy, narrow), geometry)
     if cpu_winograd.applies(x, geometry):
         return cpu_winograd.kernel_gradient(x, dy, geometry)
     return _sum_over_bands(x, dy, geometry, _pixels_outer_sum)
@@ -276,7 +276,7 @@ def _by_patches(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Arra
     """A convolution as a product of 16-bit numbers: what each pixel sees, times the kernel."""
     narrow = _product_type(x, kernel)
     bands = Bands(x.shape[0], geometry, pixels=_NARROW_PATCHES, overlap=True)
-    padded = bands.pad_input(_bits(x.astype(narrow)))
+    padded = bands.pad_input(_bits(rounded(x, narrow)))
     weights = kernel.astype(narrow).reshape(-1, kernel.shape[3])
 
     def outputs(band: jax.Array) -> jax.Array:

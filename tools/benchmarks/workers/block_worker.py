@@ -30,8 +30,9 @@ def _prepare(task: Mapping[str, Any]) -> Prepared:
     startup.enable_compilation_cache("auto" if task["cache"] else "none")
     mesh = meshes.make_mesh(task["devices"])
     meshes.check_batch("the batch", task["batch"], mesh)
-    module, apply = _part(task)
-    x = jax.device_put(_input(task), meshes.batch_sharding(mesh))
+    whole = _network(task)
+    module, apply = _part(task, whole)
+    x = jax.device_put(_input(task, whole.map_dtype), meshes.batch_sharding(mesh))
     variables = jax.device_put(_variables(module, x), meshes.replicated(mesh))
     step, arguments = _step(task["pass"], apply, mesh, variables, x)
     compiler = programs.Programs(devices=mesh.size, background=False)
@@ -51,17 +52,24 @@ def _prepare(task: Mapping[str, Any]) -> Prepared:
     )
 
 
-def _part(task: Mapping[str, Any]) -> tuple[Any, Callable]:
-    """Returns the module, and (variables, x, train) -> (output, new statistics)."""
+def _network(task: Mapping[str, Any]) -> Any:
     import jax.numpy as jnp
 
-    from effv2_jax.models import blocks, network
+    from effv2_jax.models.network import create_model
     from effv2_jax.training import mesh as meshes
 
     dtype = jnp.dtype(task["dtype"])
-    whole = network.create_model(
+    return create_model(
         task["model"], dtype=dtype, lowering=task["lowering"], axis_name=meshes.AXIS
     )
+
+
+def _part(task: Mapping[str, Any], whole: Any) -> tuple[Any, Callable]:
+    """Returns a module of the network, and (variables, x, train) -> (output, new statistics)."""
+    import jax.numpy as jnp
+
+    from effv2_jax.models import blocks
+
     parts = whole._parts()  # as the network makes its own blocks
     outer = {key: parts[key] for key in ("conv", "norm", "activation")}
     if task["part"] == "stem":
@@ -76,7 +84,7 @@ def _part(task: Mapping[str, Any]) -> tuple[Any, Callable]:
         mutable = ["batch_stats"] if train else []
         if task["part"] == "stem":
             x = (x.astype(jnp.float32) - 128) / 128
-        y, changed = module.apply(variables, x.astype(dtype), train, mutable=mutable)
+        y, changed = module.apply(variables, x.astype(whole.map_dtype), train, mutable=mutable)
         if task["part"] == "head":
             y = jnp.mean(y, (1, 2), dtype=jnp.float32)
         elif task["part"] != "stem":
@@ -86,7 +94,7 @@ def _part(task: Mapping[str, Any]) -> tuple[Any, Callable]:
     return module, apply
 
 
-def _input(task: Mapping[str, Any]) -> Any:
+def _input(task: Mapping[str, Any], dtype: Any) -> Any:
     import jax.numpy as jnp
     import numpy as np
 
@@ -94,7 +102,7 @@ def _input(task: Mapping[str, Any]) -> Any:
     shape = (task["batch"], *task["input"])
     if task["part"] == "stem":
         return rng.integers(0, 256, shape, dtype=np.uint8)
-    return jnp.asarray(rng.standard_normal(shape, np.float32), jnp.dtype(task["dtype"]))
+    return jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
 
 
 def _variables(module: Any, x: Any) -> Any:

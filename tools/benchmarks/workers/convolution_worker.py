@@ -24,8 +24,10 @@ def _prepare(task: Mapping[str, Any]) -> Prepared:
     startup.enable_compilation_cache("auto" if task["cache"] else "none")
     side, channels, kernel = task["side"], task["channels"], task["kernel"]
     dtype = jnp.dtype(task["dtype"])
+    # As in a network: maps are of a type of their own, and a kernel says what is multiplied.
+    map_type = lowering.choose(task["lowering"]).map_type(dtype)
     keys = jax.random.split(jax.random.key(0), 3)
-    x = jax.random.normal(keys[0], (task["batch"], side, side, channels), dtype)
+    x = jax.random.normal(keys[0], (task["batch"], side, side, channels), map_type)
     is_depthwise = task["type"] == "depthwise"
     convolve = lowering.depthwise_conv2d if is_depthwise else lowering.conv2d
     fan_in = 1 if is_depthwise else channels
@@ -33,10 +35,11 @@ def _prepare(task: Mapping[str, Any]) -> Prepared:
     weights = jax.random.normal(keys[1], shape, jnp.float32)
 
     def values(x: Any, weights: Any) -> Any:
+        weights = weights.astype(map_type if is_depthwise else dtype)
         return convolve(x, weights, stride=task["stride"], implementation=task["lowering"])
 
     shape = jax.eval_shape(values, x, weights).shape
-    gradient = jax.random.normal(keys[2], shape, dtype)
+    gradient = jax.random.normal(keys[2], shape, map_type)
     passes = {
         "values": lambda x, w, g: values(x, w),
         "of input": lambda x, w, g: jax.vjp(lambda x: values(x, w), x)[1](g)[0],
