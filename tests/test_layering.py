@@ -32,6 +32,7 @@ MAY_IMPORT = {
         "startup",
     },
     "startup": {"errors"},
+    "tuned": {"command", "errors", "startup"},
     "main": {"command", "config", "config_files", "errors", "startup", "training"},
     "__init__": {"errors"},
 }  # fmt: skip

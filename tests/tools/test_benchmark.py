@@ -69,6 +69,18 @@ def test_training_and_inference_are_measured_and_every_number_is_written(tmp_pat
     assert json.loads(file.read_text()) == content
 
 
+def test_inference_of_a_picture_alone_is_measured_on_one_device_of_several(tmp_path):
+    file = tmp_path / "result.json"
+    done = _benchmark(
+        *("step", "--model", "testing", "--image-size", "32", "--batch", "1", "--mode", "infer"),
+        *("--rounds", "1", "--steps", "1", "--cache", "--json", str(file)),
+    )
+    assert done.returncode == 0, done.stderr
+    content = json.loads(file.read_text())
+    assert content["machines"][0]["devices"] > 1
+    assert content["results"][0]["devices"] == 1
+
+
 @pytest.mark.slow
 def test_lowerings_are_measured_in_turns(tmp_path):
     file = tmp_path / "result.json"

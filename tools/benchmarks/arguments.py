@@ -45,7 +45,12 @@ def add_cases(
     add_list(parser, "--batch", batches, int, text="global batch sizes")
     add_list(parser, "--dtype", "float32", text=" or ".join(DTYPES))
     add_list(parser, "--cores", cores, text="of the host: numbers, or all")
-    parser.add_argument("--devices", type=int, default=0, help="of the data mesh; 0: all")
+    parser.add_argument(
+        "--devices",
+        type=int,
+        default=0,
+        help="of the data mesh; 0: all, in inference as many as divide the batch",
+    )
 
 
 def add_measuring(parser: argparse.ArgumentParser, *, rounds: int = 5) -> None:

@@ -31,7 +31,7 @@ def _prepare(task: Mapping[str, Any]) -> Prepared:
     from effv2_jax.training import mesh as meshes
 
     startup.enable_compilation_cache("auto" if task["cache"] else "none")
-    mesh = meshes.make_mesh(task["devices"])
+    mesh = meshes.make_mesh(task["devices"] or _devices_for(task, jax.device_count()))
     meshes.check_batch("the batch", task["batch"], mesh)
     make = _inference if task["mode"] == "infer" else _training
     run, program, parameters = make(task, mesh)
@@ -56,6 +56,13 @@ def _prepare(task: Mapping[str, Any]) -> Prepared:
             program.run, run, steps=steps, devices=mesh.size, blocks=_network(task).block_specs
         ),
     )
+
+
+def _devices_for(task: Mapping[str, Any], present: int) -> int:
+    """All devices; in inference as many as share the batch evenly, for a picture alone one."""
+    if task["mode"] != "infer":
+        return present
+    return max(count for count in range(1, present + 1) if task["batch"] % count == 0)
 
 
 def _python() -> dict[str, str]:
