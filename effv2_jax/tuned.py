@@ -18,8 +18,8 @@ from effv2_jax.errors import UserError
 _FLAGS = ("--no-tune", "-h", "--help")
 
 _EPILOG = """\
-PROGRAM is what stands behind `python`: a file or -m MODULE, and its arguments. It takes the place
-of this process, so signals reach it and its exit code is returned.
+PROGRAM is what stands behind `python`: a file, -m MODULE or -c CODE, and its arguments. It takes
+the place of this process, so signals reach it and its exit code is returned.
 
 examples:
   python -m effv2_jax.tuned my_training.py --epochs 5
@@ -52,9 +52,9 @@ def _check(program: Sequence[str]) -> None:
     """Refuses what Python could not start, before anything is started."""
     if not program:
         raise UserError("no program given; name a file, or -m MODULE, as behind `python`")
-    if program[0] == "-m":
+    if program[0] in ("-m", "-c"):
         if len(program) < 2:
-            raise UserError("-m: no module given")
+            raise UserError(f"{program[0]}: no {'module' if program[0] == '-m' else 'code'} given")
     elif program[0].startswith("-"):
         known = ", ".join(_FLAGS)
         raise UserError(f"{program[0]}: no flag of this command ({known}), and no program")

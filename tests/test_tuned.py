@@ -48,7 +48,7 @@ def _start(*arguments, folder, **changes):
 
 
 @linux
-@pytest.mark.parametrize("how", [("program.py",), ("-m", "program")])
+@pytest.mark.parametrize("how", [("program.py",), ("-m", "program"), ("-c", PROGRAM)])
 def test_a_program_runs_with_the_settings_in_the_same_process(program, how):
     process = _start(*how, "--no-tune", "a b", folder=program.parent)
     out, error = process.communicate("typed", timeout=60)
@@ -77,6 +77,7 @@ def test_the_settings_can_be_refused(program):
         ([], "no program given"),
         (["missing.py"], "missing.py: no such file"),
         (["-m"], "-m: no module given"),
+        (["-c"], "-c: no code given"),
         (["--fast", "program.py"], "--fast: no flag of this command"),
     ],
 )
