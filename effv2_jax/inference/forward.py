@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from effv2_jax import startup
 from effv2_jax.data.kinds import Kind
-from effv2_jax.models.infer import infer
+from effv2_jax.models.infer import infer, round_kernels
 from effv2_jax.models.network import EfficientNet
 
 _AXIS = "data"
@@ -76,7 +76,7 @@ def forward(
     def apply(variables: Mapping[str, Any], images: jax.Array) -> jax.Array:
         return infer(model, variables, normalize(images, kind))
 
-    return BatchProgram(apply, variables, batch_size=batch_size)
+    return BatchProgram(apply, round_kernels(model, variables), batch_size=batch_size)
 
 
 def normalize(images: jax.Array, kind: Kind) -> jax.Array:

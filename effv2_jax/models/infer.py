@@ -41,6 +41,29 @@ def infer(model: EfficientNet, variables: Mapping[str, Any], images: Array) -> A
     return x
 
 
+def round_kernels(model: EfficientNet, variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Rounds the kernels of convolutions once, for many calls of `infer` with the same variables.
+
+    A network of a 16-bit type otherwise rounds them in every call.
+
+    Args:
+      model: the network.
+      variables: {"params", "batch_stats"} of it, float32.
+
+    Returns:
+      The variables with these kernels in the type in which they are multiplied. What the network
+      makes of them is equal to the last bit.
+    """
+
+    def round_kernel(path: tuple[Any, ...], leaf: Array) -> Array:
+        # Depthwise kernels, [k, k, 1, channels], may be multiplied in another type.
+        dense = path[-1].key == "kernel" and leaf.ndim == 4 and leaf.shape[2] > 1
+        return leaf.astype(model.dtype) if dense else leaf
+
+    params = jax.tree_util.tree_map_with_path(round_kernel, variables["params"])
+    return {**variables, "params": params}
+
+
 def _in_parts(apply: Callable[[Array], Array], x: Array, together: int) -> Array:
     """Applies a function to so many images at a time."""
     # The parts are no argument of `map`: XLA's CPU backend would copy all images into its loop.

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from effv2_jax.errors import UserError
 from effv2_jax.models import lowering
 from effv2_jax.models.block_spec import parse_blocks
-from effv2_jax.models.infer import infer
+from effv2_jax.models.infer import infer, round_kernels
 from effv2_jax.models.initial_variables import init_variables
 from effv2_jax.models.network import create_model, linear_survival
 from effv2_jax.models.variants import get_variant
@@ -162,6 +162,23 @@ def test_inference_of_a_few_images_at_a_time_gives_the_same_logits(monkeypatch):
         assert math.prod(map(int, shape.split(","))) < size, f"{name} copies the images"
     whole = _jit(_model().apply)(_variables(), _images())
     np.testing.assert_allclose(program(_variables(), _images()), whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["plain", "cpu", "gpu"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_kernels_that_are_rounded_once_give_the_same_logits(form, dtype):
+    model = _model().clone(lowering=form, dtype=dtype)
+    rounded = round_kernels(model, _variables())
+    program = _jit(functools.partial(infer, model)).lower(rounded, _images()).compile()
+    plainly = _jit(functools.partial(infer, model))(_variables(), _images())
+    np.testing.assert_array_equal(program(rounded, _images()), plainly)
+
+    types = {str(leaf.dtype) for leaf in jax.tree.leaves(rounded)}
+    assert types == {"float32", jnp.dtype(dtype).name}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(rounded["params"]):
+        depthwise = leaf.ndim == 4 and leaf.shape[2] == 1
+        expected = dtype if leaf.ndim == 4 and not depthwise else jnp.float32
+        assert leaf.dtype == expected, path
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def _inference(task: Mapping[str, Any], mesh: Any) -> tuple[Run, Any, int]:
     """Pictures to logits: the normalisation and the forward pass."""
     import jax
 
-    from effv2_jax.models.infer import infer
+    from effv2_jax.models.infer import infer, round_kernels
     from effv2_jax.models.initial_variables import init_variables
     from effv2_jax.training import compile as programs
     from effv2_jax.training import mesh as meshes
@@ -125,7 +125,8 @@ def _inference(task: Mapping[str, Any], mesh: Any) -> tuple[Run, Any, int]:
             check_vma=False,
         )
     )
-    variables = jax.device_put(init_variables(model, 0), meshes.replicated(mesh))
+    variables = round_kernels(model, init_variables(model, 0))
+    variables = jax.device_put(variables, meshes.replicated(mesh))
     images = jax.device_put(_images(task), meshes.batch_sharding(mesh))
     compiler = programs.Programs(devices=mesh.size, background=False)
     program = compiler.get("infer", lambda: forward.lower(variables, images))
