@@ -1,8 +1,8 @@
 """Runs another program with this project's process settings: `python -m effv2_jax.tuned PROGRAM`.
 
 Importing the library changes no setting, so a program that trains or predicts with it on a CPU
-computes with the system's allocator and XLA's own vector width. They can only be chosen before the
-program starts (`startup.py`).
+computes with the system's allocator, XLA's own vector width and one device. An allocator can only
+be chosen before a program starts (`startup.py`).
 """
 
 import itertools

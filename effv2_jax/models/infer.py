@@ -51,12 +51,12 @@ def round_kernels(model: EfficientNet, variables: Mapping[str, Any]) -> dict[str
       variables: {"params", "batch_stats"} of it, float32.
 
     Returns:
-      The variables with these kernels in the type in which they are multiplied. What the network
-      makes of them is equal to the last bit.
+      The variables with these kernels in the network's `dtype`, to which it would cast them.
+      What it makes of them is equal to the last bit.
     """
 
     def round_kernel(path: tuple[Any, ...], leaf: Array) -> Array:
-        # Depthwise kernels, [k, k, 1, channels], may be multiplied in another type.
+        # Depthwise kernels, [k, k, 1, channels], are cast to `map_dtype`, which may be wider.
         dense = path[-1].key == "kernel" and leaf.ndim == 4 and leaf.shape[2] > 1
         return leaf.astype(model.dtype) if dense else leaf
 

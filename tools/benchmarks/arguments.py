@@ -49,7 +49,7 @@ def add_cases(
         "--devices",
         type=int,
         default=0,
-        help="of the data mesh; 0: all, in inference as many as divide the batch",
+        help="of the data mesh; 0: all, for a step of inference as many as divide the batch",
     )
 
 
