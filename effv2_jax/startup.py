@@ -16,6 +16,7 @@ import mmap
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -41,6 +42,9 @@ _JEMALLOC_FOLDERS = (
     "/usr/local/lib",
     f"{sys.prefix}/lib",
 )
+
+# JAX's warning of a program that XLA cannot write down.
+_NOT_WRITTEN = "Error writing persistent compilation cache entry .*MemoryError: std::bad_alloc"
 
 # More CPU devices split a batch ever finer; eight is where this was last seen to be harmless.
 _MAX_CPU_DEVICES = 8
@@ -126,6 +130,9 @@ def enable_compilation_cache(setting: str) -> Path | None:
         )
         return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
+    # A program with oneDNN's operations (bfloat16 on CPUs, `models/lowering/cpu_onednn.py`) cannot
+    # be written: the next process compiles it again, and its user can do nothing about it.
+    warnings.filterwarnings("ignore", message=_NOT_WRITTEN, category=UserWarning)
     # JAX keeps only programs that took a second; the many small ones of a start add up.
     for option, value in (
         ("jax_persistent_cache_min_compile_time_secs", 0.0),

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -309,6 +310,18 @@ def test_the_users_own_cache_settings_stay(tmp_path, monkeypatch, jax_config):
     before = jax_config.jax_persistent_cache_min_compile_time_secs
     assert startup.enable_compilation_cache("auto") == tmp_path
     assert jax_config.jax_persistent_cache_min_compile_time_secs == before
+
+
+def test_programs_that_cannot_be_kept_are_not_warned_of(tmp_path, jax_config):
+    template = "Error writing persistent compilation cache entry for 'jit_f': {}"
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        startup.enable_compilation_cache(str(tmp_path))
+        for error in ("MemoryError: std::bad_alloc", "OSError: no space left on device"):
+            warnings.warn(template.format(error), stacklevel=1)
+    assert [str(warning.message) for warning in told] == [
+        template.format("OSError: no space left on device")
+    ]
 
 
 def test_no_cache_and_a_folder_that_cannot_be_written(tmp_path, capsys, jax_config):

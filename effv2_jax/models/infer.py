@@ -56,9 +56,8 @@ def round_kernels(model: EfficientNet, variables: Mapping[str, Any]) -> dict[str
     """
 
     def round_kernel(path: tuple[Any, ...], leaf: Array) -> Array:
-        # Depthwise kernels, [k, k, 1, channels], are cast to `map_dtype`, which may be wider.
-        dense = path[-1].key == "kernel" and leaf.ndim == 4 and leaf.shape[2] > 1
-        return leaf.astype(model.dtype) if dense else leaf
+        of_convolution = path[-1].key == "kernel" and leaf.ndim == 4
+        return leaf.astype(model.dtype) if of_convolution else leaf
 
     params = jax.tree_util.tree_map_with_path(round_kernel, variables["params"])
     return {**variables, "params": params}

@@ -173,6 +173,7 @@ class DepthwiseConv(nn.Module):
     stride: int = 1
     padding: str = "SAME"
     dtype: jnp.dtype = jnp.float32
+    product_dtype: jnp.dtype | None = None
     implementation: str = "auto"
     initializer: str = "official"
 
@@ -185,7 +186,7 @@ class DepthwiseConv(nn.Module):
         )
         return lowering.depthwise_conv2d(
             x.astype(self.dtype),
-            kernel.astype(self.dtype),
+            kernel.astype(self.product_dtype or self.dtype),
             stride=self.stride,
             padding=_pads(self.kernel_size, self.padding),
             implementation=self.implementation,

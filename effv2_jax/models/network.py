@@ -283,11 +283,12 @@ class EfficientNet(nn.Module):
         conv = {
             "padding": self.padding,
             "dtype": self.map_dtype,
+            "product_dtype": self.dtype,
             "implementation": self.lowering,
             "initializer": self.initializer,
         }
         return {
-            "conv": functools.partial(layers.Conv, product_dtype=self.dtype, **conv),
+            "conv": functools.partial(layers.Conv, **conv),
             "depthwise": functools.partial(layers.DepthwiseConv, **conv),
             "norm": functools.partial(
                 BatchNorm,

@@ -176,9 +176,7 @@ def test_kernels_that_are_rounded_once_give_the_same_logits(form, dtype):
     types = {str(leaf.dtype) for leaf in jax.tree.leaves(rounded)}
     assert types == {"float32", jnp.dtype(dtype).name}
     for path, leaf in jax.tree_util.tree_leaves_with_path(rounded["params"]):
-        depthwise = leaf.ndim == 4 and leaf.shape[2] == 1
-        expected = dtype if leaf.ndim == 4 and not depthwise else jnp.float32
-        assert leaf.dtype == expected, path
+        assert leaf.dtype == (dtype if leaf.ndim == 4 else jnp.float32), path
 
 
 @pytest.mark.parametrize(

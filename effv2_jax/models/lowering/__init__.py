@@ -4,9 +4,10 @@
 place of the networks that asks which backend runs. `TABLE` holds every choice: GPUs and TPUs take
 XLA's convolution as it is; XLA's CPU backend is several times slower with some of them, above all
 with the gradients of depthwise convolutions, so it gets forms of its own (`cpu_depthwise.py`,
-`cpu_dense.py`, `cpu_winograd.py`, `cpu_activation.py`). On GPUs the passes over memory between the
-convolutions decide, so norms are written out there (`gpu_norm.py`, `gpu_sums.py`, `gpu_dense.py`).
-What waits for what, backends have to be told in different ways (`ordering.py`).
+`cpu_dense.py`, `cpu_winograd.py`, `cpu_activation.py`; for bfloat16 `cpu_narrow.py`). On GPUs the
+passes over memory between the convolutions decide, so norms are written out there (`gpu_norm.py`,
+`gpu_sums.py`, `gpu_dense.py`). What waits for what, backends have to be told in different ways
+(`ordering.py`).
 All forms agree with the plain ones in value and gradient to rounding.
 """
 
@@ -18,14 +19,13 @@ import jax.numpy as jnp
 
 from effv2_jax.models.lowering import (
     cpu_activation,
-    cpu_dense,
-    cpu_depthwise,
+    cpu_narrow,
     gpu_dense,
     gpu_norm,
     ordering,
     plain,
 )
-from effv2_jax.models.lowering.geometry import Geometry, Padding, make_geometry
+from effv2_jax.models.lowering.geometry import Form, Padding, make_geometry
 from effv2_jax.models.lowering.gpu_norm import Norm
 
 __all__ = ["IMPLEMENTATIONS", "TABLE", "Lowering", "Norm", "choose", "conv2d", "depthwise_conv2d"]
@@ -33,7 +33,6 @@ __all__ = ["IMPLEMENTATIONS", "TABLE", "Lowering", "Norm", "choose", "conv2d", "
 IMPLEMENTATIONS = ("auto", "plain", "cpu", "gpu")
 
 _Function = Callable[[jax.Array], jax.Array]
-_Form = Callable[[jax.Array, jax.Array, Geometry], jax.Array]
 
 
 @dataclass(frozen=True)
@@ -60,9 +59,9 @@ class Lowering:
             `EfficientNet.channel_parallel`; 0: none is.
     """
 
-    dense: _Form
-    pointwise: _Form
-    depthwise: _Form
+    dense: Form
+    pointwise: Form
+    depthwise: Form
     norm: Callable[..., tuple[jax.Array, jax.Array, jax.Array]] | None = None
     activation: Callable[[_Function], _Function] = lambda function: function
     stored: _Function = lambda x: x
@@ -94,9 +93,9 @@ class Lowering:
 
 _PLAIN = Lowering(dense=plain.dense, pointwise=plain.dense, depthwise=plain.depthwise)
 _CPU = Lowering(
-    dense=cpu_dense.dense,
-    pointwise=cpu_dense.pointwise,
-    depthwise=cpu_depthwise.depthwise,
+    dense=cpu_narrow.dense,
+    pointwise=cpu_narrow.pointwise,
+    depthwise=cpu_narrow.depthwise,
     activation=cpu_activation.stored,
     # CPUs have fast products of 16-bit numbers and little else for them.
     map_type=lambda dtype: jnp.promote_types(dtype, jnp.float32),
@@ -181,7 +180,7 @@ def depthwise_conv2d(
 
     Args:
         x: [N, H, W, C], float32, bfloat16 or float16: the type that is computed in.
-        kernel: [k, k, 1, C], any float type; cast to that of `x`.
+        kernel: [k, k, 1, C], any float type; as in `conv2d`.
         stride: the same along both axes.
         padding: as in `conv2d`.
         implementation: see `choose`.

@@ -57,9 +57,9 @@ def _shifted_backward(
 ) -> tuple[jax.Array, jax.Array]:
     padded, kernel = residuals
     dy = materialize(dy)
-    gradient = _kernel_gradient(padded, dy, geometry)
+    gradient = kernel_gradient(padded, dy, geometry)
     return (
-        _input_gradient(dy, kernel, geometry),
+        input_gradient(dy, kernel, geometry),
         gradient.reshape(kernel.shape).astype(kernel.dtype),
     )
 
@@ -67,12 +67,20 @@ def _shifted_backward(
 _shifted.defvjp(_shifted_forward, _shifted_backward)
 
 
-def _input_gradient(dy: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+def input_gradient(dy: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
     """Gradient by phases: each input pixel adds the taps that reach it, none that are zero.
 
     At stride 1 there is one phase, the convolution with the taps reversed. At stride 2 the four
     phases (even and odd rows and columns) are computed apart and interleaved: a quarter of the
     work of a convolution over the dilated gradient.
+
+    Args:
+        dy: [N, H', W', C].
+        kernel: [k, k, 1, C].
+        geometry: of the convolution.
+
+    Returns:
+        [N, H, W, C].
     """
     rows, columns = geometry.rows, geometry.columns
     above, below = rows.reach
@@ -92,7 +100,7 @@ def _input_gradient(dy: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax
     return materialize(interleave(phases, geometry))
 
 
-def _kernel_gradient(padded: jax.Array, dy: jax.Array, geometry: Geometry) -> jax.Array:
+def kernel_gradient(padded: jax.Array, dy: jax.Array, geometry: Geometry) -> jax.Array:
     """Gradient of each tap: the sum over images, rows and columns of its window times dy.
 
     Args:
@@ -114,7 +122,7 @@ def _kernel_gradient(padded: jax.Array, dy: jax.Array, geometry: Geometry) -> ja
 
 
 def _sums_of_taps(padded: jax.Array, dy: jax.Array, geometry: Geometry) -> jax.Array:
-    """What `_kernel_gradient` returns, of arrays that fit into the cache.
+    """What `kernel_gradient` returns, of arrays that fit into the cache.
 
     A reduction per tap would read everything k * k times in strides. Adding the rows in one
     expression first leaves [k * k, N, bands, W, C] as one vectorised loop and a small sum.

@@ -1,8 +1,9 @@
 """Sizes, paddings and phases of a convolution: plain integers, known when a program is traced."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import jax
 from jax import lax
 
 Padding = str | Sequence[Sequence[int]]
@@ -101,6 +102,10 @@ class Geometry:
             a.stride in (1, 2) and max(a.low, a.high) < max(a.kernel, 2) and min(a.low, a.high) >= 0
             for a in (self.rows, self.columns)
         )
+
+
+# How an operation is computed: (images, kernel, geometry) -> images.
+Form = Callable[[jax.Array, jax.Array, Geometry], jax.Array]
 
 
 def make_geometry(
