@@ -20,6 +20,8 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
+from effv2_jax import processor
+
 # Set in the process that was started again: what is in force. Children inherit it with the
 # settings, so that they do not start themselves again either.
 _MARKER = "EFFV2_TUNED"
@@ -211,7 +213,7 @@ def _xla_flags(environment: Mapping[str, str]) -> tuple[str, list[str]]:
     """Returns XLA_FLAGS with our additions, and what to say about them."""
     flags = environment.get("XLA_FLAGS", "")
     wanted = []
-    if _has_fast_avx512():
+    if _has_fast_avx512(processor.describe()):
         wanted.append(("xla_cpu_prefer_vector_width", 512, "512-bit vectors"))
     # A power of two, so that the usual batch sizes can be split.
     devices = 2 ** (min(usable_cores(), _MAX_CPU_DEVICES).bit_length() - 1)
@@ -226,22 +228,17 @@ def _xla_flags(environment: Mapping[str, str]) -> tuple[str, list[str]]:
     return text, [note for _, _, note in added]
 
 
-def _has_fast_avx512(description: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether the processor has AVX-512 and belongs to a generation that runs it at full clock.
+def _has_fast_avx512(core: Mapping[str, str]) -> bool:
+    """Whether a processor has AVX-512 and belongs to a generation that runs it at full clock.
 
     bfloat16 instructions tell: AMD from Zen 4 and Intel from Sapphire Rapids have them, the Intel
     generations that lower their clock for 512-bit vectors do not. A virtual machine may hide them,
     so of Intel's the model counts too.
     """
-    with contextlib.suppress(OSError):
-        first = description.read_text().partition("\n\n")[0]
-        pairs = (line.partition(":") for line in first.splitlines())
-        core = {key.strip(): value.strip() for key, _, value in pairs}
-        flags, family, model = (core.get(key, "") for key in ("flags", "cpu family", "model"))
-        intel = core.get("vendor_id") == "GenuineIntel" and family == "6" and model.isdigit()
-        recent = intel and int(model) >= _SAPPHIRE_RAPIDS
-        return "avx512f" in flags.split() and ("avx512_bf16" in flags.split() or recent)
-    return False
+    flags, family, model = (core.get(key, "") for key in ("flags", "cpu family", "model"))
+    intel = core.get("vendor_id") == "GenuineIntel" and family == "6" and model.isdigit()
+    recent = intel and int(model) >= _SAPPHIRE_RAPIDS
+    return "avx512f" in flags.split() and ("avx512_bf16" in flags.split() or recent)
 
 
 def _known_flags(names: list[str]) -> set[str]:

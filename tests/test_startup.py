@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from effv2_jax import startup
+from effv2_jax import processor, startup
 
 ROOT = Path(__file__).parent.parent
 
@@ -45,7 +45,9 @@ def project(tmp_path):
     """A copy of the project's shape: tools/ beside a package that holds the real start-up code."""
     (tmp_path / "effv2_jax").mkdir()
     (tmp_path / "effv2_jax" / "__init__.py").write_text("")
-    (tmp_path / "effv2_jax" / "startup.py").write_text(Path(startup.__file__).read_text())
+    for module in (processor, startup):
+        file = Path(module.__file__)
+        (tmp_path / "effv2_jax" / file.name).write_text(file.read_text())
     (tmp_path / "effv2_jax" / "command.py").write_text(COMMAND)
     (tmp_path / "tools").mkdir()
     (tmp_path / "tools" / "command.py").write_text(COMMAND)
@@ -229,7 +231,7 @@ def test_the_flags_that_are_set_are_accepted(tmp_path):
 def test_devices_are_a_power_of_two_of_the_cores(monkeypatch, cores, devices):
     monkeypatch.setattr(startup, "usable_cores", lambda: cores)
     monkeypatch.setattr(startup, "_known_flags", set)
-    monkeypatch.setattr(startup, "_has_fast_avx512", lambda: False)
+    monkeypatch.setattr(startup, "_has_fast_avx512", lambda core: False)
     flags, notes = startup._xla_flags({})
     if devices:
         assert flags == f"--xla_force_host_platform_device_count={devices}"
@@ -257,14 +259,14 @@ def test_512_bit_vectors_are_for_processors_that_keep_their_clock(
     core = f"vendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: {model}\n"
     core += f"flags\t\t: {flags}\n"
     file.write_text(f"processor\t: 0\n{core}\nprocessor\t: 1\n{core}")
-    assert startup._has_fast_avx512(file) is fast
+    assert startup._has_fast_avx512(processor.describe(file)) is fast
 
 
 def test_a_system_that_does_not_describe_its_processor_keeps_its_vectors(tmp_path):
     file = tmp_path / "cpuinfo"
-    assert startup._has_fast_avx512(file) is False
+    assert startup._has_fast_avx512(processor.describe(file)) is False
     file.write_text("processor\t: 0\nFeatures\t: fp asimd\n\n")
-    assert startup._has_fast_avx512(file) is False
+    assert startup._has_fast_avx512(processor.describe(file)) is False
 
 
 def test_the_users_choice_of_compiler_passes_stays(monkeypatch):

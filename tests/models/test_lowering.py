@@ -334,21 +334,11 @@ def test_programs_for_other_devices_have_nothing_of_onednn(platform, monkeypatch
 def test_onednn_is_used_where_it_was_tested(flags, version, machine, limit, expected, monkeypatch):
     if limit:
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
-    monkeypatch.setattr(cpu_onednn, "_processor_flags", lambda: set(flags.split()))
+    monkeypatch.setattr("effv2_jax.processor.describe", lambda: {"flags": flags})
     monkeypatch.setattr("jaxlib.version.__version_info__", version)
     monkeypatch.setattr("platform.machine", lambda: machine)
     monkeypatch.setattr("sys.platform", "linux")
     assert cpu_onednn.is_available.__wrapped__() is expected
-
-
-def test_processor_flags_are_read_from_the_first_processor(tmp_path):
-    file = tmp_path / "cpuinfo"
-    file.write_text("processor\t: 0\nflags\t\t: fpu avx512_bf16\n\nflags\t: other\n")
-    assert {"fpu", "avx512_bf16"} <= cpu_onednn._processor_flags(file)
-    assert "other" not in cpu_onednn._processor_flags(file)
-    assert cpu_onednn._processor_flags(tmp_path / "missing") == set()
-    file.write_text("Features\t: asimd\n")
-    assert cpu_onednn._processor_flags(file) == set()
 
 
 def test_values_that_are_not_finite_or_tiny_pass_unchanged():
