@@ -17,7 +17,7 @@ from jax import lax
 from effv2_jax.models.lowering import cpu_winograd, plain
 from effv2_jax.models.lowering.bands import Bands
 from effv2_jax.models.lowering.geometry import Axis, Form, Geometry
-from effv2_jax.models.lowering.windows import interleave, materialize, sum_type
+from effv2_jax.models.lowering.windows import as_rows, interleave, materialize, sum_type
 
 _CHUNK = 256  # rows per product of `outer_sum`'s batched form
 _FEW_ROWS = 200  # a sum over fewer takes less time than the transposition of its result
@@ -56,14 +56,14 @@ def _pointwise_backward(
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = residuals
     dy = materialize(dy)
-    gradient = outer_sum(_pixels(x), _pixels(dy))
+    gradient = outer_sum(as_rows(x), as_rows(dy))
     return _product(dy, kernel, 1), gradient.reshape(kernel.shape).astype(kernel.dtype)
 
 
 def _product(x: jax.Array, kernel: jax.Array, axis: int) -> jax.Array:
     """X [N, H, W, C] times kernel [1, 1, ., .], of whose last two this axis has C, too."""
     weights = kernel[0, 0].astype(x.dtype)
-    y = _dot(_pixels(x), weights, ((1,), (axis,)))
+    y = _dot(as_rows(x), weights, ((1,), (axis,)))
     return y.astype(x.dtype).reshape(*x.shape[:3], -1)
 
 
@@ -205,7 +205,7 @@ def sum_over_bands(
 
 
 def _pixels_outer_sum(dy: jax.Array, patches: jax.Array) -> jax.Array:
-    return _dot(_pixels(dy), _pixels(patches), ((0,), (0,)))
+    return _dot(as_rows(dy), as_rows(patches), ((0,), (0,)))
 
 
 def _patches(seen: jax.Array, bands: Bands, geometry: Geometry) -> jax.Array:
@@ -246,8 +246,3 @@ def outer_sum(x: jax.Array, dy: jax.Array) -> jax.Array:
         )
         return parts.sum(0)
     return lax.dot_general(x, dy, (((0,), (0,)), ((), ())), preferred_element_type=wide)
-
-
-def _pixels(x: jax.Array) -> jax.Array:
-    """[N, H, W, C] -> [N * H * W, C]."""
-    return x.reshape(-1, x.shape[3])

@@ -14,7 +14,7 @@ from jax import lax
 
 from effv2_jax.models.lowering import cpu_dense, cpu_depthwise, cpu_onednn, plain
 from effv2_jax.models.lowering.geometry import Geometry
-from effv2_jax.models.lowering.windows import materialize, pad_image, rounded
+from effv2_jax.models.lowering.windows import as_rows, materialize, pad_image, rounded
 
 _PATCHES = 2304  # of outputs whose inputs are put side by side at a time
 
@@ -78,10 +78,10 @@ _dense.defvjp(_dense_forward, _dense_backward)
 def _kernel_gradient(x: jax.Array, dy: jax.Array, geometry: Geometry) -> jax.Array:
     """Gradient of the kernel, [k, k, C, O] float32, of x and dy of bfloat16."""
     if geometry.is_pointwise:
-        return cpu_onednn.outer_sum(_pixels(x), _pixels(dy))[None, None]
+        return cpu_onednn.outer_sum(as_rows(x), as_rows(dy))[None, None]
 
     def outer_sum_of(dy: jax.Array, patches: jax.Array) -> jax.Array:
-        return cpu_onednn.outer_sum(_pixels(_floats(dy)), _pixels(_floats(patches)))
+        return cpu_onednn.outer_sum(as_rows(_floats(dy)), as_rows(_floats(patches)))
 
     return cpu_dense.sum_over_bands(_bits(x), _bits(dy), geometry, outer_sum_of, pixels=_PATCHES)
 
@@ -136,11 +136,6 @@ def _depthwise_backward(
 
 
 _depthwise.defvjp(_depthwise_forward, _depthwise_backward)
-
-
-def _pixels(x: jax.Array) -> jax.Array:
-    """[N, H, W, C] -> [N * H * W, C]."""
-    return x.reshape(-1, x.shape[3])
 
 
 def _bits(x: jax.Array) -> jax.Array:

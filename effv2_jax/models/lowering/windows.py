@@ -52,6 +52,11 @@ def _rounded_jvp(
     return rounded(*inputs, dtype), tangents[0].astype(dtype)
 
 
+def as_rows(x: jax.Array) -> jax.Array:
+    """[N, H, W, C] -> [N * H * W, C]."""
+    return x.reshape(-1, x.shape[3])
+
+
 def pad_image(x: jax.Array, padding: tuple[tuple[int, int], tuple[int, int]]) -> jax.Array:
     """Adds ((top, bottom), (left, right)) zeros to x [N, H, W, C]."""
     if not any(map(any, padding)):
