@@ -31,7 +31,7 @@ def infer(model: EfficientNet, variables: Mapping[str, Any], images: Array) -> A
     """
     count, *size = images.shape[:3]
     at_once = lowering.choose(model.lowering).images_at_once
-    few = [at_once(count, pixels) for pixels in model.input_pixels(size)]
+    few = [at_once(count, pixels, model.dtype) for pixels in model.input_pixels(size)]
     x, first = images, 0
     for together, group in itertools.groupby(few):
         only = range(first, first + len(list(group)))

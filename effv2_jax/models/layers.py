@@ -126,7 +126,7 @@ class Conv(nn.Module):
       stride: step in both directions.
       use_bias: whether to add a bias.
       padding: "SAME" (TensorFlow's) or "SYMMETRIC" (PyTorch's); they differ at stride 2.
-      dtype: of the input and output.
+      dtype: of the output, to which the input is cast.
       product_dtype: of the kernel, and maybe of what it multiplies, see `lowering.conv2d`; None:
         dtype.
       implementation: of the lowering, one of `lowering.IMPLEMENTATIONS`.
@@ -152,11 +152,12 @@ class Conv(nn.Module):
         shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", _kernel_init("conv", self.initializer), shape, jnp.float32)
         x = lowering.conv2d(
-            x.astype(self.dtype),
+            x,
             kernel.astype(self.product_dtype or self.dtype),
             stride=self.stride,
             padding=_pads(self.kernel_size, self.padding),
             implementation=self.implementation,
+            dtype=self.dtype,
         )
         if self.sum_over is not None and not self.is_initializing():
             x = lax.psum(x, self.sum_over)
@@ -185,11 +186,12 @@ class DepthwiseConv(nn.Module):
             "kernel", _kernel_init("depthwise", self.initializer), shape, jnp.float32
         )
         return lowering.depthwise_conv2d(
-            x.astype(self.dtype),
+            x,
             kernel.astype(self.product_dtype or self.dtype),
             stride=self.stride,
             padding=_pads(self.kernel_size, self.padding),
             implementation=self.implementation,
+            dtype=self.dtype,
         )
 
 

@@ -144,6 +144,12 @@ class EfficientNet(nn.Module):
         """Type of the maps between the convolutions, see `lowering.Lowering`."""
         return lowering.choose(self.lowering).map_type(jnp.dtype(self.dtype))
 
+    def result_dtype(self, train: bool) -> jnp.dtype:
+        """Type of what convolutions give to norms, see `lowering.Lowering`."""
+        if train:
+            return self.map_dtype
+        return lowering.choose(self.lowering).result_type(jnp.dtype(self.dtype))
+
     @property
     def stem_channels(self) -> int:
         """Channels of the stem: those that enter the first block."""
@@ -202,7 +208,7 @@ class EfficientNet(nn.Module):
             paths=len(specs) if train and not _is_static(survival_prob, (None, 0, 1)) else 0,
             features=self.head_channels if train and not _is_static(dropout_rate, (None, 0)) else 0,
         )
-        parts, divided_parts = self._parts(), self._parts(divided=True)
+        parts, divided_parts = self._parts(train), self._parts(train, divided=True)
         ends = {}
 
         outer = {key: parts[key] for key in ("conv", "norm", "activation")}
@@ -272,17 +278,18 @@ class EfficientNet(nn.Module):
         count = x.shape[0] // self.channel_parallel
         return lax.dynamic_slice_in_dim(x, lax.axis_index(self.axis_name) * count, count)
 
-    def _parts(self, *, divided: bool = False) -> dict[str, Any]:
+    def _parts(self, train: bool, *, divided: bool = False) -> dict[str, Any]:
         """The layers all blocks are made of, with what is common to them stated once.
 
         Args:
+          train: as of the call.
           divided: for blocks whose inner channels the devices divide. No norm there needs another
             device, as each has all images. A device's gradient is a part of the sum, as elsewhere,
             for variables that all devices hold; for those of its own channels it is the whole.
         """
         conv = {
             "padding": self.padding,
-            "dtype": self.map_dtype,
+            "dtype": self.result_dtype(train),
             "product_dtype": self.dtype,
             "implementation": self.lowering,
             "initializer": self.initializer,

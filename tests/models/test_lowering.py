@@ -1,6 +1,5 @@
 """The forms written for XLA's CPU backend against XLA's own convolutions."""
 
-import dataclasses
 import functools
 import re
 
@@ -272,7 +271,7 @@ def test_a_narrow_kernel_is_multiplied_by_narrow_numbers(
         return y, *pull_back(dy)
 
     # What is rounded is rounded once, before it is multiplied, and the kernel's gradient at last.
-    narrow = onednn and dtype == jnp.bfloat16
+    narrow = onednn and dtype == jnp.bfloat16 and (kernel > 1 or y.size // y.shape[3] >= 32)
     operands = [_rounded(v, dtype) if narrow else v for v in (x, dy)]
     expected = list(jax.jit(exact)(*operands, _rounded(weights, dtype)))
     if kind == "depthwise" and stride == 2:  # that gradient is no convolution of oneDNN's
@@ -281,6 +280,21 @@ def test_a_narrow_kernel_is_multiplied_by_narrow_numbers(
         (y, dx, dkernel), expected, (0.0, 0.0, float(jnp.finfo(dtype).eps)), strict=True
     ):
         np.testing.assert_allclose(np.float32(found), wanted, **_within(wanted, rtol=step))
+
+
+@NARROW
+@pytest.mark.parametrize("kind", ["dense", "depthwise"])
+def test_narrow_images_give_narrow_results(kind, onednn, monkeypatch):
+    monkeypatch.setattr(cpu_onednn, "is_available", lambda: onednn)
+    x, weights = _operands(kind, size=(12, 12), channels=24, filters=24, kernel=3)
+    operands = x.astype(jnp.bfloat16), weights.astype(jnp.bfloat16)
+    compiled = jax.jit(_operation(kind, "cpu", 1, "SAME")).lower(*operands).compile()
+    y = compiled(*operands)
+    assert y.dtype == jnp.bfloat16
+    calls = re.findall(r" = (\w+)\[.* custom-call\(.*__onednn\$convolution", compiled.as_text())
+    assert calls == (["bf16"] if onednn else [])
+    wanted = jax.jit(_operation(kind, "plain", 1, "SAME"))(*(_rounded(v) for v in operands))
+    np.testing.assert_allclose(np.float32(y), wanted, **_within(wanted, rtol=2**-8))
 
 
 def _within(values, rtol=0.0):
@@ -507,10 +521,19 @@ def test_the_table_decides_by_backend(monkeypatch):
     + [(19, 8, 2), (10, 16, 8), (6, 32, 16), (6, 64, 16), (6, 8, 8), (192, 1, 1), (24, 0, 0)],
 )
 def test_a_few_images_at_a_time_in_inference_on_cpus(side, count, at_once):
-    assert lowering.choose("cpu").pixels_at_once
-    forms = dataclasses.replace(lowering.choose("cpu"), pixels_at_once=1024)
-    assert forms.images_at_once(count, side * side) == at_once
-    assert lowering.choose("gpu").images_at_once(count, side * side) == count
+    cpu, gpu = lowering.choose("cpu"), lowering.choose("gpu")
+    assert cpu.images_at_once(count, side * side, jnp.float32) == at_once
+    assert gpu.images_at_once(count, side * side, jnp.float32) == count
+
+
+@NARROW
+def test_more_images_at_a_time_where_onednn_orders_the_kernels_in_every_call(onednn, monkeypatch):
+    monkeypatch.setattr(cpu_onednn, "is_available", lambda: onednn)
+    few = [
+        lowering.choose("cpu").images_at_once(32, side * side, jnp.bfloat16)
+        for side in (6, 192, 300, 1200)
+    ]
+    assert few == ([32, 16, 8, 1] if onednn else [16, 1, 1, 1])
 
 
 @pytest.mark.parametrize(

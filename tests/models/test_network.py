@@ -148,7 +148,7 @@ def test_four_devices_compute_what_one_computes():
 
 
 def test_inference_of_a_few_images_at_a_time_gives_the_same_logits(monkeypatch):
-    few = dataclasses.replace(lowering.choose("plain"), pixels_at_once=2 * 16 * 16)
+    few = dataclasses.replace(lowering.choose("plain"), pixels_at_once=lambda dtype: 2 * 16 * 16)
     monkeypatch.setitem(lowering.TABLE, "cpu", few)
     model = _model().clone(lowering="cpu")
 
@@ -300,6 +300,37 @@ def test_bfloat16_computes_in_bfloat16_with_float32_state_and_logits(form, maps)
     inner = {name: x.dtype for name, x in ends.items() if name not in ("pooled_features", "head")}
     # CPUs round what is multiplied alone.
     assert set(inner.values()) == {jnp.dtype(maps)}
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+def test_results_on_cpus_are_narrow_in_inference_alone(onednn, monkeypatch):
+    monkeypatch.setattr(lowering.cpu_narrow.cpu_onednn, "is_available", lambda: onednn)
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+        model = create_model("testing", 10, dtype=dtype, lowering="cpu")
+        assert model.result_dtype(train=True) == model.map_dtype == jnp.float32
+        narrow = onednn and dtype == jnp.bfloat16
+        assert model.result_dtype(train=False) == (dtype if narrow else jnp.float32)
+        for form in ("plain", "gpu"):
+            assert model.clone(lowering=form).result_dtype(train=False) == dtype
+
+        def infer(variables, model=model):
+            return model.apply(variables, _images())
+
+        def train(variables, model=model):
+            return model.apply(
+                variables,
+                _images(),
+                train=True,
+                dropout_rate=0,
+                survival_prob=0,
+                mutable=["batch_stats"],
+            )[0]
+
+        variables = jax.eval_shape(model.init, jax.random.key(0), _images())
+        for run, expected in ((infer, narrow), (train, False)):
+            results = re.findall(r"(\w+)\[[\d,]*\] = ffi_call", str(jax.make_jaxpr(run)(variables)))
+            assert bool(results) == (onednn and dtype == jnp.bfloat16)
+            assert set(results) <= {"bf16" if expected else "f32"}
 
 
 def test_bfloat16_stays_near_float32():

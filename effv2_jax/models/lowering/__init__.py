@@ -24,6 +24,7 @@ from effv2_jax.models.lowering import (
     gpu_norm,
     ordering,
     plain,
+    windows,
 )
 from effv2_jax.models.lowering.geometry import Form, Padding, make_geometry
 from effv2_jax.models.lowering.gpu_norm import Norm
@@ -48,10 +49,13 @@ class Lowering:
             differentiated by JAX.
         activation: wraps the activation functions behind norms; same values to rounding.
         stored: applied to the input of a block with a shortcut, which several operations read.
+        cast: (x, dtype) -> x as that type.
         map_type: the type of maps between convolutions that multiply numbers of the given type.
+        result_type: the type of what these convolutions give, to a norm or a bias, in inference.
+            In training it is that of maps.
         after: (x, y) -> x, from which nothing is computed before y is there (`models/remat.py`).
-        pixels_at_once: of a layer's inputs that are computed together in inference; None: of all
-            images.
+        pixels_at_once: of the inputs of a layer, which multiplies numbers of the given type, that
+            are computed together in inference; None: of all images.
         joined_bytes: arrays of at most so many bytes are summed over the devices as one, see
             `all_reduce.psum`.
         channel_parallel_pixels: a block of so many pixels (of all images) for each inner channel,
@@ -65,26 +69,30 @@ class Lowering:
     norm: Callable[..., tuple[jax.Array, jax.Array, jax.Array]] | None = None
     activation: Callable[[_Function], _Function] = lambda function: function
     stored: _Function = lambda x: x
+    cast: Callable[[jax.Array, jnp.dtype], jax.Array] = lambda x, dtype: x.astype(dtype)
     map_type: Callable[[jnp.dtype], jnp.dtype] = lambda dtype: dtype
+    result_type: Callable[[jnp.dtype], jnp.dtype] = lambda dtype: dtype
     after: Callable[[jax.Array, jax.Array], jax.Array] = ordering.arithmetic
-    pixels_at_once: int | None = None
+    pixels_at_once: Callable[[jnp.dtype], int | None] = lambda dtype: None
     joined_bytes: int = 0
     channel_parallel_pixels: float = 0
 
-    def images_at_once(self, count: int, pixels: int) -> int:
+    def images_at_once(self, count: int, pixels: int, dtype: jnp.dtype) -> int:
         """Returns how many of the images of a batch pass a layer together in inference.
 
         Args:
             count: of images.
             pixels: of the layer's input, of one image.
+            dtype: of the numbers it multiplies.
 
         Returns:
             As many as `pixels_at_once` allows and `count` is a multiple of, or one; `count` if
             those were no more than half of what is allowed.
         """
-        if self.pixels_at_once is None:
+        allowed = self.pixels_at_once(dtype)
+        if allowed is None:
             return count
-        most = max(1, self.pixels_at_once // pixels)
+        most = max(1, allowed // pixels)
         if count <= most:
             return count
         few = max(n for n in range(1, most + 1) if count % n == 0)
@@ -97,11 +105,12 @@ _CPU = Lowering(
     pointwise=cpu_narrow.pointwise,
     depthwise=cpu_narrow.depthwise,
     activation=cpu_activation.stored,
-    # CPUs have fast products of 16-bit numbers and little else for them.
-    map_type=lambda dtype: jnp.promote_types(dtype, jnp.float32),
+    cast=windows.rounded,
+    map_type=cpu_narrow.map_type,
+    result_type=cpu_narrow.result_type,
     # The maps of a few images stay in the caches from one layer to the next, those of a batch do
-    # not. Matrix products want some hundred rows (docs/cpu_forms.md).
-    pixels_at_once=1024,
+    # not. Matrix products want some hundred rows, oneDNN many (docs/cpu_forms.md).
+    pixels_at_once=lambda dtype: 2**20 if cpu_narrow.is_narrow(dtype) else 2**10,
     # V2-B0's 481 waits of a step become 179; to join larger arrays costs what is left to gain.
     joined_bytes=2**16,
     # Up to here more is saved with the kernels' gradients and updates than whole maps cost.
@@ -140,20 +149,22 @@ def conv2d(
     stride: int = 1,
     padding: Padding = "SAME",
     implementation: str = "auto",
+    dtype: jnp.dtype | None = None,
 ) -> jax.Array:
     """Convolves images with filters that see every channel.
 
     Args:
-        x: [N, H, W, C], float32, bfloat16 or float16: the type that is computed in.
-        kernel: [k, k, C, O], any float type; cast to that of `x`, or `x` to a narrower one of the
+        x: [N, H, W, C], any float type; cast to `dtype`, the type that is computed in.
+        kernel: [k, k, C, O], any float type; cast to `dtype`, or `x` to a narrower one of the
             kernel where the form multiplies narrow numbers faster. Sums are not narrow.
         stride: the same along both axes.
         padding: "SAME" as in TensorFlow (at stride 2 the odd row or column is at the bottom or
             right), "VALID", or explicit ((top, bottom), (left, right)).
         implementation: see `choose`.
+        dtype: float32, bfloat16 or float16; None: that of `x`.
 
     Returns:
-        [N, H', W', O], type of `x`. The forms of CPUs and GPUs have their own gradient: reverse
+        [N, H', W', O], `dtype`. The forms of CPUs and GPUs have their own gradient: reverse
         mode works any number of times, forward mode (`jax.jvp`) only with "plain".
 
     Raises:
@@ -163,6 +174,7 @@ def conv2d(
         raise ValueError(f"conv2d: x {x.shape}, kernel {kernel.shape}; expected NHWC and HWIO")
     geometry = make_geometry(x.shape, kernel.shape, stride=stride, padding=padding)
     forms = choose(implementation)
+    x = x if dtype is None else forms.cast(x, dtype)
     if geometry.is_pointwise:
         return forms.pointwise(x, kernel, geometry)
     return forms.dense(x, kernel, geometry)
@@ -175,18 +187,20 @@ def depthwise_conv2d(
     stride: int = 1,
     padding: Padding = "SAME",
     implementation: str = "auto",
+    dtype: jnp.dtype | None = None,
 ) -> jax.Array:
     """Convolves every channel with its own filter.
 
     Args:
-        x: [N, H, W, C], float32, bfloat16 or float16: the type that is computed in.
+        x: [N, H, W, C], any float type; cast to `dtype`, the type that is computed in.
         kernel: [k, k, 1, C], any float type; as in `conv2d`.
         stride: the same along both axes.
         padding: as in `conv2d`.
         implementation: see `choose`.
+        dtype: as in `conv2d`.
 
     Returns:
-        [N, H', W', C], type of `x`; gradients as in `conv2d`.
+        [N, H', W', C], `dtype`; gradients as in `conv2d`.
 
     Raises:
         ValueError: shapes that do not fit, an unknown padding or implementation.
@@ -196,4 +210,6 @@ def depthwise_conv2d(
             f"depthwise_conv2d: x {x.shape}, kernel {kernel.shape}; expected NHWC and [k, k, 1, C]"
         )
     geometry = make_geometry(x.shape, kernel.shape, stride=stride, padding=padding)
-    return choose(implementation).depthwise(x, kernel, geometry)
+    forms = choose(implementation)
+    x = x if dtype is None else forms.cast(x, dtype)
+    return forms.depthwise(x, kernel, geometry)

@@ -17,12 +17,34 @@ from effv2_jax.models.lowering.geometry import Geometry
 from effv2_jax.models.lowering.windows import as_rows, materialize, pad_image, rounded
 
 _PATCHES = 2304  # of outputs whose inputs are put side by side at a time
+_FEW_ROWS = 32  # fewer are multiplied in less time than oneDNN takes to begin
+
+
+def is_narrow(dtype: jnp.dtype) -> bool:
+    """Whether numbers of that type are multiplied as such here."""
+    return dtype == jnp.bfloat16 and cpu_onednn.is_available()
+
+
+def map_type(dtype: jnp.dtype) -> jnp.dtype:
+    """The type of maps: float32 for all of 16 bits, since nothing but products is fast in these."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def result_type(dtype: jnp.dtype) -> jnp.dtype:
+    """The type of what convolutions give in inference.
+
+    It passes through memory to the norm, where it is widened. A backward pass would ask for both.
+    """
+    return dtype if is_narrow(dtype) else map_type(dtype)
 
 
 def pointwise(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
     """1x1 convolution: x [N, H, W, C], kernel [1, 1, C, O] -> [N, H, W, O]."""
-    form = _dense if _is_narrow(x, kernel) else cpu_dense.pointwise
-    return form(x, kernel, geometry)
+    if not _is_narrow(x, kernel):
+        return cpu_dense.pointwise(x, kernel, geometry)
+    if len(as_rows(x)) < _FEW_ROWS:
+        return cpu_dense.pointwise(x.astype(jnp.float32), kernel, geometry).astype(x.dtype)
+    return _dense(x, kernel, geometry)
 
 
 def dense(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
@@ -38,18 +60,23 @@ def depthwise(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
 
 
 def _is_narrow(x: jax.Array, kernel: jax.Array) -> bool:
-    """Whether numbers are multiplied as bfloat16."""
-    narrower = min(x.dtype, kernel.dtype, key=lambda dtype: dtype.itemsize)
-    return narrower == jnp.bfloat16 and cpu_onednn.is_available()
+    """Whether these are multiplied as bfloat16."""
+    return is_narrow(min(x.dtype, kernel.dtype, key=lambda dtype: dtype.itemsize))
 
 
 def _round(x: jax.Array) -> jax.Array:
     return rounded(x, jnp.bfloat16)
 
 
+def _convolve(x: jax.Array, kernel: jax.Array, geometry: Geometry, *, groups: int = 1) -> jax.Array:
+    dtype = x.dtype if x.dtype == jnp.bfloat16 else jnp.float32
+    y = cpu_onednn.convolve(_round(x), _round(kernel), geometry, groups=groups, dtype=dtype)
+    return y.astype(x.dtype)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _dense(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
-    return cpu_onednn.convolve(_round(x), _round(kernel), geometry).astype(x.dtype)
+    return _convolve(x, kernel, geometry)
 
 
 def _dense_forward(
@@ -110,9 +137,7 @@ _kernel_gradient.defvjp(_kernel_gradient_forward, _kernel_gradient_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _depthwise(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
-    groups = x.shape[3]
-    y = cpu_onednn.convolve(_round(x), _round(kernel), geometry, groups=groups)
-    return y.astype(x.dtype)
+    return _convolve(x, kernel, geometry, groups=x.shape[3])
 
 
 def _depthwise_forward(

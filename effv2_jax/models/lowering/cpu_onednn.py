@@ -47,7 +47,14 @@ def is_available() -> bool:
     )
 
 
-def convolve(x: jax.Array, kernel: jax.Array, geometry: Geometry, *, groups: int = 1) -> jax.Array:
+def convolve(
+    x: jax.Array,
+    kernel: jax.Array,
+    geometry: Geometry,
+    *,
+    groups: int = 1,
+    dtype: jnp.dtype = jnp.float32,
+) -> jax.Array:
     """Convolves; without a gradient of its own.
 
     Args:
@@ -55,9 +62,10 @@ def convolve(x: jax.Array, kernel: jax.Array, geometry: Geometry, *, groups: int
         kernel: [k, k, C / groups, O], bfloat16.
         geometry: of the convolution.
         groups: of channels, each with its own filters; 1 or C.
+        dtype: of the result, float32 or bfloat16.
 
     Returns:
-        [N, H', W', O], float32, as are the sums.
+        [N, H', W', O], `dtype`; the sums are float32.
     """
     configuration = {
         "dims": 4,
@@ -76,7 +84,7 @@ def convolve(x: jax.Array, kernel: jax.Array, geometry: Geometry, *, groups: int
     return _call(
         "convolution",
         {"onednn_conv_config": configuration},
-        lambda x, kernel: plainly(x, kernel, geometry),
+        lambda x, kernel: plainly(x, kernel, geometry).astype(dtype),
         x,
         kernel,
     )
@@ -107,7 +115,7 @@ def _call(
         operands: bfloat16.
 
     Returns:
-        float32.
+        What `plainly` does.
     """
 
     def widened(*operands: jax.Array) -> jax.Array:
