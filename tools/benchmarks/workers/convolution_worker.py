@@ -35,8 +35,9 @@ def _prepare(task: Mapping[str, Any]) -> Prepared:
     weights = jax.random.normal(keys[1], shape, jnp.float32)
 
     def values(x: Any, weights: Any) -> Any:
-        weights = weights.astype(map_type if is_depthwise else dtype)
-        return convolve(x, weights, stride=task["stride"], implementation=task["lowering"])
+        return convolve(
+            x, weights.astype(dtype), stride=task["stride"], implementation=task["lowering"]
+        )
 
     shape = jax.eval_shape(values, x, weights).shape
     gradient = jax.random.normal(keys[2], shape, map_type)
