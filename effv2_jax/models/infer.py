@@ -30,8 +30,8 @@ def infer(model: EfficientNet, variables: Mapping[str, Any], images: Array) -> A
       What `model.apply(variables, images)` does, to rounding.
     """
     count, *size = images.shape[:3]
-    at_once = lowering.choose(model.lowering).images_at_once
-    few = [at_once(count, pixels, model.dtype) for pixels in model.input_pixels(size)]
+    forms, dtype = lowering.choose(model.lowering), jnp.dtype(model.dtype)
+    few = [forms.images_at_once(count, pixels, dtype) for pixels in model.input_pixels(size)]
     x, first = images, 0
     for together, group in itertools.groupby(few):
         only = range(first, first + len(list(group)))

@@ -109,7 +109,8 @@ _CPU = Lowering(
     map_type=cpu_narrow.map_type,
     result_type=cpu_narrow.result_type,
     # The maps of a few images stay in the caches from one layer to the next, those of a batch do
-    # not. Matrix products want some hundred rows, oneDNN many (docs/cpu_forms.md).
+    # not. Matrix products want some hundred rows; oneDNN orders its kernels anew for each part,
+    # so there the limit is one of memory (docs/cpu_forms.md).
     pixels_at_once=lambda dtype: 2**20 if cpu_narrow.is_narrow(dtype) else 2**10,
     # V2-B0's 481 waits of a step become 179; to join larger arrays costs what is left to gain.
     joined_bytes=2**16,

@@ -70,7 +70,7 @@ def _part(task: Mapping[str, Any], whole: Any) -> tuple[Any, Callable]:
 
     from effv2_jax.models import blocks
 
-    parts = whole._parts()  # as the network makes its own blocks
+    parts = whole._parts(train=task["pass"] != "infer")  # as the network makes its own blocks
     outer = {key: parts[key] for key in ("conv", "norm", "activation")}
     if task["part"] == "stem":
         module = blocks.Stem(whole.stem_channels, **outer)
